@@ -1,0 +1,1 @@
+"""From files or arrays to pairs of views on the device."""

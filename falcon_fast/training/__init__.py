@@ -1,0 +1,1 @@
+"""The step, the loop over steps, and what surrounds them."""
