@@ -1,0 +1,137 @@
+"""Dictionaries: c codes of f entries, each -1 or +1, drawn once from a seed and frozen.
+
+Both kinds are stored as sign bits, 32 to an int32 word: bit b of word k is feature 32 k + b, a set bit is +1, padding is
+0. The bits come from numpy's Philox counter generator through `random_raw`, whose stream numpy promises to keep, so that a
+seed gives the same dictionary on every machine and in every version. The words live in a non-persistent buffer: they move
+with `.to(device)` and stay out of checkpoints, where the seed stands for them (the published code stores float32, 128 MiB
+at f = 2048, c = 16384; the bits are 4 MiB).
+
+* `RademacherCodes`: independent signs; any two codes have a cosine of about 1/sqrt(f). What the paper uses.
+* `HadamardCodes`: W = [D_1 H, D_2 H, ...] with Sylvester's Hadamard matrix H and a diagonal D_k of random signs a block.
+  Codes of one block are exactly orthogonal, W W^T = c I exactly, and f signs a block of f codes are all that is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from falcon_fast.kernels import pack_signs, unpack_signs
+
+
+def _random_sign_words(seed: int, rows: int, f: int) -> torch.Tensor:
+    """int32 (rows, ceil(f/32)): the packed signs of `rows` codes of width f, from the Philox stream of `seed`."""
+    if seed < 0:
+        raise ValueError(f"the seed of the codes must not be negative, not {seed}")
+    words_per_row = -(-f // 32)
+    count = rows * words_per_row
+    raw = np.random.Philox(key=seed).random_raw(-(-count // 2))
+    halves = np.empty((raw.size, 2), np.uint32)  # low word first, whatever the machine's byte order
+    halves[:, 0] = raw & np.uint64(0xFFFFFFFF)
+    halves[:, 1] = raw >> np.uint64(32)
+    words = halves.reshape(-1)[:count].reshape(rows, words_per_row)
+    if f % 32:
+        words[:, -1] &= np.uint32((1 << (f % 32)) - 1)
+    return torch.from_numpy(words.view(np.int32))
+
+
+class _Codes(nn.Module):
+    """What both dictionaries share: their shape (f, c), the packed words, and how they print."""
+
+    words: torch.Tensor
+
+    def __init__(self, f: int, c: int, words: torch.Tensor, seed: int | None) -> None:
+        super().__init__()
+        self.f, self.c, self.seed = f, c, seed
+        self.register_buffer("words", words, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"f={self.f}, c={self.c}, seed={self.seed}"
+
+    @staticmethod
+    def _check_shape(f: int, c: int) -> None:
+        if f < 1:
+            raise ValueError(f"the width f of a code must be at least 1, not {f}")
+        if c < 2:
+            raise ValueError(f"a dictionary needs at least 2 codes, not {c}")
+
+
+class RademacherCodes(_Codes):
+    """c independent codes of f random signs.
+
+    Args:
+        f: width of a code, at least 1.
+        c: number of codes, at least 2.
+        seed: of the Philox stream, not negative. The same seed gives the same codes everywhere.
+
+    Attributes:
+        words: int32 (c, ceil(f/32)), packed signs; a non-persistent buffer.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, f: int, c: int, seed: int = 0) -> None:
+        self._check_shape(f, c)
+        super().__init__(f, c, _random_sign_words(seed, c, f), seed)
+
+    @classmethod
+    def from_dense(cls, codes: torch.Tensor) -> Self:
+        """The dictionary whose columns are given: `codes` (f, c) of any real dtype, every entry -1 or +1.
+
+        Raises:
+            ValueError: not a matrix, fewer than 2 codes, or an entry other than -1 and +1.
+        """
+        if codes.dim() != 2:
+            raise ValueError(f"dense codes must be a matrix (f, c), not of shape {tuple(codes.shape)}")
+        f, c = codes.shape
+        cls._check_shape(f, c)
+        if codes.is_complex() or not bool((codes.abs() == 1).all()):
+            raise ValueError("dense codes must hold -1 and +1 only")
+        self = cls.__new__(cls)
+        _Codes.__init__(self, f, c, pack_signs((codes > 0).T.contiguous()), None)
+        return self
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The dictionary W, (f, c) of -1 and +1 in `dtype`, on the device of the words (a transposed view)."""
+        return unpack_signs(self.words, self.f, dtype).T
+
+
+class HadamardCodes(_Codes):
+    """c / f blocks of f codes, each block Sylvester's Hadamard matrix with the signs of its rows flipped at random.
+
+    Code k f + j is D_k H[:, j]: feature i has the sign d_k[i] (-1)^popcount(i & j).
+
+    Args:
+        f: width of a code, a power of two.
+        c: number of codes, a multiple of f, at least 2.
+        seed: of the Philox stream, not negative.
+
+    Attributes:
+        words: int32 (c/f, ceil(f/32)), the packed signs d_k of each block; a non-persistent buffer.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, f: int, c: int, seed: int = 0) -> None:
+        self._check_shape(f, c)
+        if f & (f - 1):
+            raise ValueError(f"Hadamard codes need a width f that is a power of two, not {f}")
+        if c % f:
+            raise ValueError(f"Hadamard codes come in blocks of f: c must be a multiple of {f}, not {c}")
+        super().__init__(f, c, _random_sign_words(seed, c // f, f), seed)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The dictionary W, (f, c) of -1 and +1 in `dtype`, on the device of the words."""
+        hadamard = torch.ones(1, 1, dtype=dtype, device=self.words.device)
+        while hadamard.shape[0] < self.f:
+            hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+        signs = unpack_signs(self.words, self.f, dtype)  # (c/f, f)
+        return (signs[:, :, None] * hadamard).permute(1, 0, 2).reshape(self.f, self.c)
+
+
+Codes = RademacherCodes | HadamardCodes

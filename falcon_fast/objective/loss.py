@@ -1,0 +1,154 @@
+"""The public door to the loss: one function, one module, every implementation behind them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from falcon_fast.kernels import loss_implementations
+from falcon_fast.objective.codes import Codes
+from falcon_fast.objective.reference import PEAK_COPIES, reference_loss
+
+PRIORS = ("reverse", "forward")
+PLANS = ("auto",)
+
+
+class FalconLossOutput(NamedTuple):
+    """What `falcon_loss` returns: 0-d tensors on the device of the embeddings.
+
+    Attributes:
+        loss: prior + beta * invariance, differentiable; the others are for reading and carry gradient too.
+        prior: divergence of the mean assignment from uniform, mean of the two views.
+        invariance: cross-entropy between the views' assignments, mean of both directions, not weighted by beta.
+        codes_used: int64, the number of distinct codes that are some row's argmax in either view.
+    """
+
+    loss: torch.Tensor
+    prior: torch.Tensor
+    invariance: torch.Tensor
+    codes_used: torch.Tensor
+
+
+def falcon_loss(
+    h1: torch.Tensor,
+    h2: torch.Tensor,
+    codes: Codes,
+    tau: float,
+    *,
+    beta: float = 1.0,
+    prior: str = "reverse",
+    group: dist.ProcessGroup | None = None,
+    implementation: str = "auto",
+    plan: str = "auto",
+    memory_budget: int | None = None,
+) -> FalconLossOutput:
+    """The FALCON objective of a batch seen in two views (equations: `falcon_fast/objective/reference.py`).
+
+    Args:
+        h1, h2: embeddings (N, f) of the two views, N >= 1, one float dtype and device. float16 and bfloat16 are computed in
+            float32; float32 and float64 in themselves.
+        codes: the dictionary, on the same device.
+        tau: the run's temperature, positive (see `temperature`).
+        beta: weight of the invariance term, not negative.
+        prior: `reverse`, KL(pbar || uniform), the published code; `forward`, KL(uniform || pbar), the first paper.
+        group: None for this process alone. With a process group the mean assignment and the codes in use are over the group,
+            every process bringing N rows; the gradient is then right after the usual mean over processes.
+        implementation: `auto`, the fastest for the device; or a name, as `falcon-fast info` lists them. `reference` is
+            the eager mathematics.
+        plan: how a fused implementation treats the N x c logits; `auto` leaves it to the planner. The reference has no other.
+        memory_budget: bytes beyond inputs and dictionary that forward and backward may hold at their peak; None: no limit.
+
+    Returns:
+        FalconLossOutput(loss, prior, invariance, codes_used).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings that do not fit together, or a budget that cannot be kept.
+    """
+    _check_embeddings(h1, h2, codes)
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"the temperature must be positive and finite, not {tau}")
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta must be finite and not negative, not {beta}")
+    if prior not in PRIORS:
+        raise ValueError(f"unknown prior {prior!r}: choose one of {', '.join(PRIORS)}")
+    if plan not in PLANS:
+        raise ValueError(f"unknown plan {plan!r}: choose one of {', '.join(PLANS)}")
+    available = loss_implementations(h1.device.type)
+    if implementation not in ("auto", *available):
+        raise ValueError(
+            f"implementation {implementation!r} does not run here: choose auto or one of {', '.join(available)}"
+        )
+
+    dtype = h1.dtype if h1.dtype in (torch.float32, torch.float64) else torch.float32
+    peak = PEAK_COPIES * h1.shape[0] * codes.c * dtype.itemsize
+    if memory_budget is not None and peak > memory_budget:
+        raise ValueError(
+            f"the reference needs about {peak / 2**20:.0f} MiB for N = {h1.shape[0]} and c = {codes.c}, "
+            f"over the budget of {memory_budget / 2**20:.0f} MiB: raise it, or lower the batch or the number of codes"
+        )
+    with torch.autocast(h1.device.type, enabled=False):  # logits reach ln(1/epsilon) sqrt(n): no half-precision product
+        return FalconLossOutput(*reference_loss(h1.to(dtype), h2.to(dtype), codes.dense(dtype), tau, beta, prior, group))
+
+
+def _check_embeddings(h1: torch.Tensor, h2: torch.Tensor, codes: Codes) -> None:
+    if h1.dim() != 2 or h1.shape != h2.shape:
+        raise ValueError(f"embeddings must be two (N, f) matrices of one shape, not {tuple(h1.shape)} and {tuple(h2.shape)}")
+    if not h1.is_floating_point() or h1.dtype != h2.dtype:
+        raise ValueError(f"embeddings must have one floating-point dtype, not {h1.dtype} and {h2.dtype}")
+    if h1.shape[0] == 0:
+        raise ValueError("embeddings hold no rows: the loss is a mean over a batch of at least one image")
+    if h1.shape[1] != codes.f:
+        raise ValueError(f"embeddings of width {h1.shape[1]} do not fit codes of width {codes.f}")
+    if not h1.device == h2.device == codes.words.device:
+        raise ValueError(f"embeddings and codes must share a device: {h1.device}, {h2.device}, {codes.words.device}")
+
+
+class FalconLoss(nn.Module):
+    """`falcon_loss` with its dictionary and settings bound: `FalconLoss(codes, tau)(h1, h2) -> FalconLossOutput`.
+
+    Takes the arguments of `falcon_loss`; the dictionary is a sub-module, so `.to(device)` moves it, and nothing of it enters
+    a state dict.
+    """
+
+    def __init__(
+        self,
+        codes: Codes,
+        tau: float,
+        *,
+        beta: float = 1.0,
+        prior: str = "reverse",
+        group: dist.ProcessGroup | None = None,
+        implementation: str = "auto",
+        plan: str = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.codes = codes
+        self.tau = tau
+        self.beta = beta
+        self.prior = prior
+        self.group = group
+        self.implementation = implementation
+        self.plan = plan
+        self.memory_budget = memory_budget
+
+    def forward(self, h1: torch.Tensor, h2: torch.Tensor) -> FalconLossOutput:
+        return falcon_loss(
+            h1,
+            h2,
+            self.codes,
+            self.tau,
+            beta=self.beta,
+            prior=self.prior,
+            group=self.group,
+            implementation=self.implementation,
+            plan=self.plan,
+            memory_budget=self.memory_budget,
+        )
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau:g}, beta={self.beta:g}, prior={self.prior}, implementation={self.implementation}"

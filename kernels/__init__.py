@@ -1,0 +1,49 @@
+"""Arithmetic only: what runs fast where. Knows nothing of training, imports nothing else of the package.
+
+`cpu_extension` is the compiled C++ module, or None where the installation had no compiler; every function here then runs
+in PyTorch, with the same results. `falcon-fast info` says which.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+cpu_extension: ModuleType | None
+try:
+    from falcon_fast.kernels import _cpu as cpu_extension
+except ImportError:
+    cpu_extension = None
+
+__all__ = ["cpu_extension", "loss_implementations", "pack_signs", "unpack_signs"]
+
+
+def loss_implementations(device_type: str) -> tuple[str, ...]:
+    """The names `falcon_loss(implementation=...)` accepts for tensors on `device_type`, fastest first."""
+    del device_type  # the reference serves every device; the fused kernels will not
+    return ("reference",)
+
+
+def pack_signs(signs: torch.Tensor) -> torch.Tensor:
+    """Pack bool (rows, f), row-major, into int32 (rows, ceil(f/32)): bit b of word k is column 32 k + b, padding 0."""
+    rows, f = signs.shape
+    if cpu_extension is not None and signs.device.type == "cpu":
+        words = torch.empty(rows, -(-f // 32), dtype=torch.int32)
+        cpu_extension.pack_signs(signs.contiguous().view(torch.uint8).numpy(), words.numpy())
+        return words
+    padded = torch.nn.functional.pad(signs, (0, -f % 32)).view(rows, -1, 32)
+    weights = torch.ones(32, dtype=torch.int64, device=signs.device) << torch.arange(32, device=signs.device)
+    return (padded * weights).sum(-1).to(torch.int32)  # 2**31 and above wrap to the negative word with the same bits
+
+
+def unpack_signs(words: torch.Tensor, f: int, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack int32 (rows, ceil(f/32)) into (rows, f) of -1 and +1 in `dtype`, on the same device. Inverse of `pack_signs`."""
+    if cpu_extension is not None and words.device.type == "cpu" and dtype == torch.float32:
+        # 2 M signs (f = 128, c = 16384): 0.6 ms here, 17 ms by the shifts below (one core).
+        signs = torch.empty(words.shape[0], f)
+        cpu_extension.unpack_signs(words.contiguous().numpy(), signs.numpy())
+        return signs
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    bits = ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :f]
+    return bits.to(dtype).mul_(2).sub_(1)
