@@ -45,13 +45,11 @@ def per_view_batchnorm(module: nn.Module, num_views: int = 2) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             if not isinstance(layer, PerView):
-                layer.__class__ = _per_view_class(type(layer))
-            layer.num_views = num_views
+                layer.__class__ = _per_view_class(type(layer))  # type: ignore[arg-type]
+            layer.num_views = num_views  # type: ignore[assignment]
     return module
 
 
 def has_batchnorm(module: nn.Module) -> bool:
     """Whether any layer of `module` is a BatchNorm, which cannot train on a single image a view."""
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
-
-

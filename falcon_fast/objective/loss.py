@@ -91,12 +91,16 @@ def falcon_loss(
             f"over the budget of {memory_budget / 2**20:.0f} MiB: raise it, or lower the batch or the number of codes"
         )
     with torch.autocast(h1.device.type, enabled=False):  # logits reach ln(1/epsilon) sqrt(n): no half-precision product
-        return FalconLossOutput(*reference_loss(h1.to(dtype), h2.to(dtype), codes.dense(dtype), tau, beta, prior, group))
+        return FalconLossOutput(
+            *reference_loss(h1.to(dtype), h2.to(dtype), codes.dense(dtype), tau, beta, prior, group)
+        )
 
 
 def _check_embeddings(h1: torch.Tensor, h2: torch.Tensor, codes: Codes) -> None:
     if h1.dim() != 2 or h1.shape != h2.shape:
-        raise ValueError(f"embeddings must be two (N, f) matrices of one shape, not {tuple(h1.shape)} and {tuple(h2.shape)}")
+        raise ValueError(
+            f"embeddings must be two (N, f) matrices of one shape, not {tuple(h1.shape)} and {tuple(h2.shape)}"
+        )
     if not h1.is_floating_point() or h1.dtype != h2.dtype:
         raise ValueError(f"embeddings must have one floating-point dtype, not {h1.dtype} and {h2.dtype}")
     if h1.shape[0] == 0:

@@ -37,7 +37,9 @@ class FalconProjector(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         if activation == "l2" and (temperature_batch is None or temperature_batch < 1):
-            raise ValueError("the l2 projector scales its rows by sqrt(f / temperature_batch): give temperature_batch >= 1")
+            raise ValueError(
+                "the l2 projector scales its rows by sqrt(f / temperature_batch): give temperature_batch >= 1"
+            )
         self.linear = nn.Linear(in_features, f)
         self.norm = nn.BatchNorm1d(f)
         self.activation = activation

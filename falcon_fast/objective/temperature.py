@@ -33,10 +33,12 @@ def temperature(f: int, c: int, n: int, epsilon: float = 1e-8) -> float:
         raise ValueError(f"a dictionary needs at least 2 codes, not {c}")
     if n < 1:
         raise ValueError(f"the batch of the temperature must be at least 1, not {n}")
-    if not 0.0 < epsilon:
+    if not epsilon > 0.0:
         raise ValueError(f"epsilon must be positive, not {epsilon}")
     if epsilon * (c - 1) >= 1.0:
-        raise ValueError(f"epsilon (c - 1) must stay below 1: epsilon {epsilon} with {c} codes gives {epsilon * (c - 1):g}")
+        raise ValueError(
+            f"epsilon (c - 1) must stay below 1: epsilon {epsilon} with {c} codes gives {epsilon * (c - 1):g}"
+        )
     odds = math.log((1.0 - epsilon * (c - 1)) / epsilon)
     if odds <= 0.0:
         raise ValueError(f"epsilon {epsilon} leaves {c} codes no preferred one: it must be below 1/c = {1.0 / c:g}")

@@ -1,0 +1,181 @@
+"""`falcon-fast`: each command a thin call into the package. What the user got wrong is one line and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from falcon_fast.errors import TrainingError, UsageError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="falcon_fast")
+def cli() -> None:
+    """Self-supervised learning that does not collapse: images without labels in, a backbone out, and the figures."""
+
+
+@cli.command()
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help="What to train: digits (default), cifar10, cifar10-resnet8, or folder (default with --data).",
+)
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Your images: a folder, with or without class sub-folders, train/ and test/ or val/ if you like.",
+)
+@click.option("--epochs", type=int)
+@click.option("--batch-size", type=int, help="Images a step; each is seen in two views.")
+@click.option("--amp/--no-amp", default=None, help="bfloat16 autocast.")
+@click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
+@click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
+@click.option("--embedding-dim", type=int, help="Width of an embedding (f).")
+@click.option("--temperature-batch", type=int, help="The n of the temperature: smaller is softer.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default runs/<recipe>-<time>.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
+@click.option("--seed", type=int)
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Any other setting, as in config.toml; repeatable.",
+)
+def train(
+    recipe: str | None, run_dir: Path | None, resume: Path | None, settings: tuple[str, ...], **options: Any
+) -> None:
+    """Train, then evaluate: linear probe, kNN, clustering, and the four collapse checks."""
+    from rich.console import Console
+
+    from falcon_fast import config as configuration
+    from falcon_fast import runs
+    from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.training import trainer
+
+    overrides: dict[str, Any] = {}
+    for option, key in OPTION_KEYS.items():
+        if options[option] is not None:
+            overrides[key] = options[option]
+    overrides |= dict(configuration.parse_assignment(text) for text in settings)
+    if "data.path" in overrides:
+        overrides["data.path"] = str(Path(overrides["data.path"]).expanduser().absolute())
+
+    if resume is not None:
+        extra = sorted(set(overrides) - {"data.path", "data.workers", "training.device"})
+        if extra or recipe or run_dir:
+            what = extra[0] if extra else "--recipe" if recipe else "--run-dir"
+            raise UsageError(
+                f"--resume continues a run as it was: {what} cannot change (only --data, --device, data.workers can)"
+            )
+        if not resume.is_dir():
+            raise UsageError(f"--resume {resume}: no such run directory")
+        config = configuration.load_config(resume / "config.toml")
+        directory = resume
+    else:
+        config = configuration.load_recipe(recipe or ("folder" if "data.path" in overrides else "digits"))
+        directory = run_dir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = configuration.validate(configuration.override(config, overrides))
+
+    console = Console(highlight=False)
+    run = trainer.prepare(config)
+    if resume is not None:
+        step, seconds = trainer.restore(run, directory)
+    else:
+        step, seconds = 0, 0.0
+        runs.create_run_directory(directory, run.config)
+    for note in run.notes:
+        console.print(note, soft_wrap=True)
+    console.print(describe(run, directory, step), soft_wrap=True)
+    try:
+        seconds = trainer.train(run, directory, console, step, seconds)
+    except KeyboardInterrupt:
+        console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
+        sys.exit(130)
+    result = runs.finish(run, directory, seconds, say=console.print)
+    for table in result_tables(result):
+        console.print(table)
+    console.print(f"everything is in {directory}", soft_wrap=True)
+
+
+OPTION_KEYS = {
+    "data": "data.path",
+    "epochs": "training.epochs",
+    "batch_size": "training.batch_size",
+    "amp": "training.amp",
+    "codes": "loss.codes",
+    "num_codes": "loss.num_codes",
+    "embedding_dim": "loss.embedding_dim",
+    "temperature_batch": "loss.temperature_batch",
+    "seed": "training.seed",
+    "device": "training.device",
+}
+
+
+def describe(run: Any, directory: Path, step: int) -> str:
+    """Two lines on what is about to run."""
+    config, source = run.config, run.source
+    precision = "float32" if run.amp_dtype is None else "bfloat16 autocast"
+    beginning = f"from step {step} of " if step else ""
+    return (
+        f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "
+        f"{source.size} px; {config.model.name}, f = {config.loss.embedding_dim}, c = {config.loss.num_codes} "
+        f"{config.loss.codes} codes, tau = {config.tau:.4g}\n"
+        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {run.device}, {precision}; "
+        f"run directory {directory}"
+    )
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", metavar="PATH", help="Judge the backbone on other images than it was trained on.")
+@click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+def evaluate(run: Path, data: str | None, device: str) -> None:
+    """Evaluate the newest checkpoint of a run directory, and write evaluation.json there."""
+    from rich.console import Console
+
+    from falcon_fast import runs
+    from falcon_fast.data.sources import open_source
+    from falcon_fast.evaluation.protocol import evaluate_network
+    from falcon_fast.evaluation.report import result_tables
+
+    config, network, codes = runs.load_trained(run, device)
+    if data is not None:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, path=str(Path(data).expanduser().absolute()))
+        )
+    source = open_source(config.data)
+    console = Console(highlight=False)
+    for note in source.notes:
+        console.print(note, soft_wrap=True)
+    result = evaluate_network(config, network, codes, source, codes.words.device, say=console.print)
+    runs.write_json(run / "evaluation.json", result)
+    for table in result_tables(result):
+        console.print(table)
+
+
+@cli.command()
+def info() -> None:
+    """Versions, devices, and which implementations work here."""
+    from falcon_fast.info import report
+
+    for line in report():
+        click.echo(line)
+
+
+def main() -> None:
+    """The console script: UsageError is one line and exit code 2, TrainingError one line and exit code 1."""
+    try:
+        cli()
+    except UsageError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except TrainingError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,291 @@
+"""One tree of frozen dataclasses: a recipe, overridden, validated, saved with the run.
+
+A recipe is a TOML file of the package (`falcon_fast/recipes/`) that names what differs from the defaults below. Every value can
+be overridden by `section.key`; the resolved tree is written to the run directory as `config.toml`, which loads again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from falcon_fast.errors import UsageError
+from falcon_fast.objective import temperature
+from falcon_fast.objective.loss import PRIORS
+from falcon_fast.objective.projector import ACTIVATIONS
+
+SOURCES = ("digits", "cifar10", "folder")
+DICTIONARIES = ("rademacher", "hadamard")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "folder"  # which reader: digits, cifar10, folder
+    path: str = ""  # where the images are; digits need none
+    size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
+    augmentation: str = "imagenet-asymmetric"
+    workers: int = -1  # processes that decode and crop; -1: none for arrays in memory, else one a core
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "resnet18"  # resnet8, or any name that timm knows
+    width: int = 32  # channels of the first stage of resnet8; the features are four times as many
+    stem: str = "auto"  # of a ResNet: auto is cifar up to 64 px; cifar-padded is the published conv1 with padding 2
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    codes: str = "rademacher"
+    num_codes: int = 16384  # c
+    embedding_dim: int = 2048  # f
+    activation: str = "tanh"
+    temperature_batch: int = 64  # the n of the temperature, whatever the batch is
+    epsilon: float = 1e-8
+    beta: float = 1.0
+    prior: str = "reverse"
+    implementation: str = "auto"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    momentum: float = 0.9  # of sgd
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 3e-5  # where the warm-up starts
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The online linear probe: trained beside the network on detached features, for the curves only."""
+
+    lr: float = 1e-2
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    epochs: int = 100
+    batch_size: int = 256  # images a step; each gives two views
+    amp: bool = False
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = 10  # a row of metrics.csv
+    evaluate_epochs: int = 1  # a row with the online probe and the clustering of the test split; 0: at the end only
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 0  # 0: at the end of each epoch
+    keep: int = 2  # how many of the newest stay
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "folder"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def tau(self) -> float:
+        """The run's temperature, for training and evaluation alike."""
+        loss = self.loss
+        return temperature(loss.embedding_dim, loss.num_codes, loss.temperature_batch, loss.epsilon)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    name: kind for name, kind in get_type_hints(Config).items() if name != "recipe"
+}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A phrase that helps someone who mistyped: the nearest valid name, or all of them when they are few."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"choose one of {', '.join(valid)}" if len(valid) <= 12 else ""
+
+
+def recipe_names() -> list[str]:
+    return sorted(
+        p.name.removesuffix(".toml")
+        for p in resources.files("falcon_fast.recipes").iterdir()
+        if p.name.endswith(".toml")
+    )
+
+
+def recipe_description(name: str) -> str:
+    return _recipe_tables(name)["description"]
+
+
+def _recipe_tables(name: str) -> dict[str, Any]:
+    if name not in recipe_names():
+        raise UsageError(f"unknown recipe {name!r}: {nearest(name, recipe_names())}")
+    return tomllib.loads((resources.files("falcon_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def load_recipe(name: str) -> Config:
+    """The configuration of a recipe that ships. Raises UsageError with the nearest name for an unknown one."""
+    tables = _recipe_tables(name)
+    tables.pop("description")
+    return _from_tables({"recipe": name, **tables}, where=f"recipe {name}")
+
+
+def load_config(path: Path) -> Config:
+    """The configuration of a run, as `dump_config` wrote it. Raises UsageError when it is missing or not valid."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    return _from_tables(tables, where=str(path))
+
+
+def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
+    values: dict[str, Any] = {}
+    for section, table in tables.items():
+        if section == "recipe" and isinstance(table, str):
+            values[section] = table
+            continue
+        if section not in SECTIONS or not isinstance(table, Mapping):
+            raise UsageError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+        cls = SECTIONS[section]
+        types = get_type_hints(cls)
+        for key in table:
+            if key not in types:
+                raise UsageError(f"{where}: unknown key {section}.{key}: {nearest(key, types)}")
+        values[section] = cls(**{key: _checked(f"{section}.{key}", value, types[key]) for key, value in table.items()})
+    return Config(**values)
+
+
+def _checked(key: str, value: Any, kind: type) -> Any:
+    """`value` as a `kind`, or UsageError: an int passes for a float, nothing else for anything else."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
+    return value
+
+
+_KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def override(config: Config, assignments: Mapping[str, Any]) -> Config:
+    """`config` with `section.key` set to values of the field's own type; UsageError for what is unknown or does not fit."""
+    for name, value in assignments.items():
+        section, _, key = name.partition(".")
+        if section not in SECTIONS:
+            raise UsageError(f"unknown setting {name!r}: {nearest(name, _all_keys())}")
+        types = get_type_hints(SECTIONS[section])
+        if key not in types:
+            raise UsageError(f"unknown setting {name!r}: {nearest(name, _all_keys())}")
+        part = dataclasses.replace(getattr(config, section), **{key: _checked(name, value, types[key])})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`section.key=value` as typed on a command line; the value is read as the field's type."""
+    name, equals, raw = text.partition("=")
+    name, raw = name.strip(), raw.strip()
+    if not equals:
+        raise UsageError(f"--set takes section.key=value, not {text!r}")
+    section, _, key = name.partition(".")
+    kind = get_type_hints(SECTIONS[section]).get(key) if section in SECTIONS else None
+    if kind is None:
+        raise UsageError(f"unknown setting {name!r}: {nearest(name, _all_keys())}")
+    try:
+        if kind is bool:
+            return name, {"true": True, "false": False, "1": True, "0": False}[raw.lower()]
+        return name, kind(raw)
+    except (ValueError, KeyError):
+        raise UsageError(f"{name} must be {_KIND_NAMES[kind]}, not {raw!r}") from None
+
+
+def _all_keys() -> list[str]:
+    return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+
+
+def validate(config: Config) -> Config:
+    """Check every range that needs no data and no device; returns `config`. Raises UsageError with the first that is wrong."""
+    data, model, loss, optimizer = config.data, config.model, config.loss, config.optimizer
+    training, log, checkpoint = config.training, config.log, config.checkpoint
+    for key, value, valid in (
+        ("data.source", data.source, SOURCES),
+        ("model.stem", model.stem, STEMS),
+        ("loss.codes", loss.codes, DICTIONARIES),
+        ("loss.activation", loss.activation, ACTIVATIONS),
+        ("loss.prior", loss.prior, PRIORS),
+        ("optimizer.name", optimizer.name, OPTIMIZERS),
+    ):
+        if value not in valid:
+            raise UsageError(f"unknown {key} {value!r}: {nearest(value, valid)}")
+    for key, number, least in (
+        ("data.size", data.size, 0),
+        ("data.workers", data.workers, -1),
+        ("model.width", model.width, 1),
+        ("loss.temperature_batch", loss.temperature_batch, 1),
+        ("loss.beta", loss.beta, 0),
+        ("optimizer.lr", optimizer.lr, 0),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+        ("optimizer.warmup_epochs", optimizer.warmup_epochs, 0),
+        ("optimizer.warmup_lr", optimizer.warmup_lr, 0),
+        ("probe.lr", config.probe.lr, 0),
+        ("training.epochs", training.epochs, 0),
+        ("training.batch_size", training.batch_size, 1),
+        ("training.seed", training.seed, 0),
+        ("log.every_steps", log.every_steps, 1),
+        ("log.evaluate_epochs", log.evaluate_epochs, 0),
+        ("checkpoint.every_steps", checkpoint.every_steps, 0),
+        ("checkpoint.keep", checkpoint.keep, 1),
+    ):
+        if not math.isfinite(number) or number < least:
+            raise UsageError(f"{key} must be at least {least}, not {number}")
+    if not 0 <= optimizer.momentum < 1:
+        raise UsageError(f"optimizer.momentum must be in [0, 1), not {optimizer.momentum}")
+    f, c = loss.embedding_dim, loss.num_codes
+    if loss.codes == "hadamard" and (f < 1 or f & (f - 1) or c % f):
+        raise UsageError(
+            f"Hadamard codes need an embedding dimension that is a power of two and divides the number of codes, not {f} and {c}"
+        )
+    try:
+        temperature(f, c, loss.temperature_batch, loss.epsilon)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as TOML text."""
+    lines = [f"recipe = {json.dumps(config.recipe)}"]
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        # JSON's strings, integers, booleans and finite floats are TOML's too.
+        lines += [
+            f"{k} = {json.dumps(v, ensure_ascii=False)}"
+            for k, v in dataclasses.asdict(getattr(config, section)).items()
+        ]
+    return "\n".join(lines) + "\n"

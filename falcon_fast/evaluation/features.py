@@ -1,0 +1,103 @@
+"""Frozen features and code assignments: always in evaluation mode, under inference_mode, in float32, at the run's temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from falcon_fast.data.photometric import normalize
+from falcon_fast.data.sources import Source, Split
+from falcon_fast.data.workers import evaluation_batches
+from falcon_fast.models import FalconNetwork
+from falcon_fast.objective.codes import Codes
+
+PIXEL_SIDE = 32  # raw pixels are compared at up to this side: a probe of 150,528 pixels would say more of its solver
+
+
+class Assigned(NamedTuple):
+    """A split as the trained network sees it.
+
+    Attributes:
+        features: float32 (n, d), the backbone's.
+        embeddings: float32 (n, f), the projector's.
+        assignments: int64 (n,), argmax over the codes.
+        mean_assignment: float32 (c,), the mean of the softmax over the codes.
+    """
+
+    features: np.ndarray
+    embeddings: np.ndarray
+    assignments: np.ndarray
+    mean_assignment: np.ndarray
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, whatever mode it was in outside."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(was_training)
+
+
+def extract_features(
+    network: FalconNetwork, split: Split, source: Source, device: torch.device, workers: int = 0
+) -> np.ndarray:
+    """The backbone's features of a split: float32 (n, d)."""
+    mean, std = source.normalization(device)
+    with evaluation_mode(network):
+        parts = [
+            network.backbone(normalize(images, mean, std)).float().cpu()
+            for images in evaluation_batches(split, source.size, device, workers=workers)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def extract_assigned(
+    network: FalconNetwork,
+    codes: Codes,
+    tau: float,
+    split: Split,
+    source: Source,
+    device: torch.device,
+    workers: int = 0,
+) -> Assigned:
+    """Features, embeddings and assignments of a split."""
+    w = codes.dense(torch.float32)
+    features, embeddings, assignments = [], [], []
+    mean, std = source.normalization(device)
+    total = torch.zeros(codes.c, dtype=torch.float64, device=device)
+    with evaluation_mode(network):
+        for images in evaluation_batches(split, source.size, device, workers=workers):
+            feature, embedding = network(normalize(images, mean, std))
+            logits = (embedding / tau) @ w
+            features.append(feature.float().cpu())
+            embeddings.append(embedding.cpu())
+            assignments.append(logits.argmax(1).cpu())
+            total += logits.softmax(1).double().sum(0)
+    n = len(split.images)
+    return Assigned(
+        torch.cat(features).numpy(),
+        torch.cat(embeddings).numpy(),
+        torch.cat(assignments).numpy(),
+        (total / n).float().cpu().numpy(),
+    )
+
+
+def raw_pixels(split: Split, source: Source, workers: int = 0) -> np.ndarray:
+    """The images themselves as features: float32 (n, 3 s s) in [0, 1], s the side of a view or 32 where that is larger."""
+    cpu = torch.device("cpu")
+    parts = []
+    for images in evaluation_batches(split, source.size, cpu, workers=workers):
+        pixels = images.float() / 255
+        if source.size > PIXEL_SIDE:
+            pixels = torch.nn.functional.interpolate(pixels, (PIXEL_SIDE, PIXEL_SIDE), mode="area")
+        parts.append(pixels.flatten(1))
+    return torch.cat(parts).numpy()

@@ -1,0 +1,90 @@
+"""The comparison a run ends with: raw pixels, the untrained network, the trained network; then the four collapse checks.
+
+All three are judged by the same probes on the same splits, so that what training added is the difference between two rows.
+Needs a network and a source, nothing of the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from falcon_fast.config import Config
+from falcon_fast.data.sources import Source, Split
+from falcon_fast.evaluation.clustering import ari, hungarian_accuracy, kmeans_nmi, nmi
+from falcon_fast.evaluation.collapse import collapse_checks
+from falcon_fast.evaluation.features import extract_assigned, extract_features, raw_pixels
+from falcon_fast.evaluation.knn import weighted_knn
+from falcon_fast.evaluation.probe import linear_probe
+from falcon_fast.models import FalconNetwork, build_network
+from falcon_fast.objective.codes import Codes
+
+UNLABELLED: dict[str, Any] = {"probe": None, "knn": None, "nmi_kmeans": None}
+
+
+def scores(
+    train_features: np.ndarray, test_features: np.ndarray, train: Split, test: Split, num_classes: int
+) -> dict[str, Any]:
+    """Linear probe, weighted kNN and k-means NMI (on the test split, k = number of classes); all None without labels."""
+    if train.labels is None or test.labels is None:
+        return dict(UNLABELLED)
+    return {
+        "probe": linear_probe(train_features, train.labels, test_features, test.labels),
+        "knn": weighted_knn(train_features, train.labels, test_features, test.labels),
+        "nmi_kmeans": kmeans_nmi(test_features, test.labels, num_classes),
+    }
+
+
+def evaluate_network(
+    config: Config,
+    network: FalconNetwork,
+    codes: Codes,
+    source: Source,
+    device: torch.device,
+    workers: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The figures of `result.json`: `raw_pixels`, `random_init`, `trained` (with `collapse`). `say` gets a line a stage."""
+    train, test, k = source.train, source.test, len(source.classes)
+    labelled = train.labels is not None and test.labels is not None
+    results: dict[str, Any] = {"raw_pixels": dict(UNLABELLED), "random_init": dict(UNLABELLED)}
+    if labelled:
+        say("evaluating raw pixels")
+        results["raw_pixels"] = scores(
+            raw_pixels(train, source, workers), raw_pixels(test, source, workers), train, test, k
+        )
+
+        say("evaluating the network at random initialisation")
+        untrained = build_network(config, source.size).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        train_features = extract_features(untrained, train, source, device, workers)
+        test_features = extract_features(untrained, test, source, device, workers)
+        results["random_init"] = scores(train_features, test_features, train, test, k)
+
+    say("evaluating the trained network")
+    seen = extract_assigned(network, codes, config.tau, test, source, device, workers)
+    trained = dict(UNLABELLED) | {"nmi_codes": None, "ari_codes": None, "accuracy_codes": None}
+    if labelled:
+        trained = scores(extract_features(network, train, source, device, workers), seen.features, train, test, k)
+        assert test.labels is not None
+        trained["nmi_codes"] = nmi(test.labels, seen.assignments)
+        trained["ari_codes"] = ari(test.labels, seen.assignments)
+        trained["accuracy_codes"] = hungarian_accuracy(test.labels, seen.assignments)
+    trained["codes_used"] = len(np.unique(seen.assignments))
+    checks = collapse_checks(
+        seen.embeddings, seen.features, seen.assignments, seen.mean_assignment, k if labelled else None
+    )
+    trained["collapse"] = {
+        name: {
+            "value": check.value,
+            "threshold": check.threshold,
+            "ok": check.ok,
+            "backbone_value": check.backbone_value,
+            "explanation": check.explanation,
+        }
+        for name, check in checks.items()
+    }
+    results["trained"] = trained
+    return results

@@ -1,0 +1,92 @@
+"""What a person reads of a run: the table at its end and the picture of its curves."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random initialisation"), ("trained", "trained by FALCON"))
+COLLAPSE = (
+    ("representation", "representation: do embeddings differ?"),
+    ("dimensional", "dimensional: effective rank"),
+    ("cluster", "cluster: codes in use (perplexity)"),
+    ("intracluster", "intra-cluster: spread inside clusters"),
+)
+
+
+def result_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The figures of `result.json` as two rich tables: the comparison (only with labels), and the collapse checks."""
+    from rich.table import Table
+
+    tables = []
+    trained = result["trained"]
+    if trained["probe"] is not None:
+        table = Table(title="frozen features, test split", title_justify="left")
+        for name in ("", "linear probe", "weighted kNN", "NMI k-means", "NMI codes", "codes used"):
+            table.add_column(name, justify="left" if not name else "right")
+        for key, label in ROWS:
+            row = result[key]
+            codes = (_figure(row.get("nmi_codes")), str(row.get("codes_used", "")))
+            table.add_row(label, _figure(row["probe"]), _figure(row["knn"]), _figure(row["nmi_kmeans"]), *codes)
+        tables.append(table)
+    table = Table(title="collapse checks, test split", title_justify="left")
+    for name in ("", "embeddings", "backbone", "must exceed", "verdict"):
+        table.add_column(name, justify="left" if not name else "right")
+    for key, label in COLLAPSE:
+        check = trained["collapse"][key]
+        verdict = "[green]ok[/green]" if check["ok"] else "[red]COLLAPSED[/red]"
+        table.add_row(
+            label, _figure(check["value"]), _figure(check["backbone_value"]), _figure(check["threshold"]), verdict
+        )
+    return [*tables, table]
+
+
+def _figure(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def plot_curves(metrics_csv: Path, picture: Path) -> None:
+    """One picture of a run's curves from its metrics.csv: loss and terms, codes in use, probe and NMI against epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def curve(axes: Any, column: str, label: str, **style: Any) -> None:
+        points = [(float(row["epoch"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, codes, quality = figure.subplots(1, 3)
+    curve(losses, "loss", "loss", color="black", linewidth=1.5)
+    curve(losses, "prior", "prior", linewidth=1)
+    curve(losses, "invariance", "invariance", linewidth=1)
+    curve(codes, "codes_used", "in a batch", linewidth=1)
+    curve(codes, "test_codes_used", "on the test split", marker=".")
+    curve(quality, "probe_accuracy", "online probe, test split", marker=".")
+    curve(quality, "nmi_codes", "NMI of the codes, test split", marker=".")
+    for axes, title in ((losses, "loss (nats)"), (codes, "codes in use"), (quality, "against labels")):
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    codes.set_ylim(bottom=0)
+    if quality.lines:
+        quality.set_ylim(0, 1)
+    else:
+        quality.text(0.5, 0.5, "no labels", ha="center", transform=quality.transAxes)
+    partial = picture.with_name(f".{picture.name}.partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(picture)

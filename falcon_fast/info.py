@@ -1,0 +1,52 @@
+"""`falcon-fast info`: versions, devices, and which implementations work here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from falcon_fast import __version__
+from falcon_fast.config import recipe_description, recipe_names
+from falcon_fast.devices import mixed_precision
+from falcon_fast.kernels import cpu_extension, loss_implementations
+
+PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
+
+
+def report() -> Iterator[str]:
+    """The lines of `falcon-fast info`."""
+    yield f"falcon_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    yield f"CPU: {cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory, capability = device.total_memory / 2**30, f"{device.major}.{device.minor}"
+            yield f"cuda:{index}: {device.name}, {memory:.0f} GiB, compute capability {capability}"
+    else:
+        yield "CUDA: no device"
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        dtype, _ = mixed_precision(True, torch.device(kind))
+        precision = "float32" if dtype is None else "bfloat16"
+        yield f"{kind}: loss {', '.join(loss_implementations(kind))}; --amp trains in {precision}"
+    built = (
+        "built"
+        if cpu_extension
+        else "not built (no C++ compiler at installation): PyTorch does their work, more slowly"
+    )
+    yield f"C++ kernels: {built}"
+    yield "recipes:"
+    for name in recipe_names():
+        yield f"  {name:16} {recipe_description(name)}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

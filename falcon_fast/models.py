@@ -1,0 +1,137 @@
+"""Backbones by name, and the network that FALCON trains: backbone, then projector."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from falcon_fast.config import Config, ModelConfig, nearest
+from falcon_fast.errors import UsageError
+from falcon_fast.objective import FalconProjector, HadamardCodes, RademacherCodes
+from falcon_fast.objective.codes import Codes
+
+CIFAR_STEM_UP_TO = 64  # px: above it, a stem that quarters the image costs little detail and saves 16 times the work
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016), the shortcut a 1x1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet8(nn.Module):
+    """The first paper's CIFAR backbone: a 3x3 stem and three stages of one basic block, of 1, 2 and 4 times `width` channels.
+
+    Takes (N, 3, H, W), returns the pooled features (N, 4 width).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = 4 * width
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential(
+            BasicBlock(width, width, 1), BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 4 * width, 2)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stages(self.stem(x)).mean((2, 3))
+
+
+def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
+    """A randomly initialised backbone that maps (N, 3, S, S) to features (N, d); `num_features` is d.
+
+    Raises:
+        UsageError: a name that is neither `resnet8` nor timm's (with the nearest that is), or one that cannot take images of
+            this size.
+    """
+    if config.name == "resnet8":
+        return ResNet8(config.width)
+    import timm
+
+    if not timm.is_model(config.name):
+        raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
+    try:
+        try:
+            backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
+        except TypeError:  # convolutional models take images of any size and no img_size
+            backbone = timm.create_model(config.name, num_classes=0)
+        _set_stem(backbone, config.stem, image_size)
+        backbone.eval()
+        with torch.inference_mode():
+            features = backbone(torch.zeros(1, 3, image_size, image_size))
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"backbone {config.name!r} does not take {image_size} px images ({reason}): try another data.size"
+        ) from None
+    if features.dim() != 2:
+        raise UsageError(
+            f"backbone {config.name!r} gives features of shape {tuple(features.shape)}, not one vector an image: choose another"
+        )
+    backbone.num_features = features.shape[1]
+    return backbone.train()
+
+
+def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
+    """Replace a ResNet's 7x7 stride-2 stem and max-pool, which would leave a 32 px image one pixel in the last stage."""
+    is_resnet = isinstance(getattr(backbone, "conv1", None), nn.Conv2d) and hasattr(backbone, "maxpool")
+    if stem == "auto":
+        stem = "cifar" if is_resnet and image_size <= CIFAR_STEM_UP_TO else "imagenet"
+    if stem == "imagenet":
+        return
+    if not is_resnet:
+        raise UsageError(f"model.stem={stem} is for ResNets with a plain 7x7 stem: use auto")
+    assert isinstance(backbone.conv1, nn.Conv2d)
+    padding = 2 if stem == "cifar-padded" else 1
+    conv = nn.Conv2d(3, backbone.conv1.out_channels, 3, 1, padding, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    backbone.conv1 = conv
+    backbone.maxpool = nn.Identity()
+
+
+class FalconNetwork(nn.Module):
+    """Backbone and projector: images (N, 3, S, S) to features (N, d) and float32 embeddings (N, f)."""
+
+    def __init__(self, backbone: nn.Module, projector: FalconProjector) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.backbone(images)
+        return features, self.projector(features)
+
+
+def build_network(config: Config, image_size: int) -> FalconNetwork:
+    """The network of a run at its initial weights, from `training.seed` alone; the caller's random state is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        backbone = build_backbone(config.model, image_size)
+        loss = config.loss
+        projector = FalconProjector(backbone.num_features, loss.embedding_dim, loss.activation, loss.temperature_batch)  # type: ignore[arg-type]
+    return FalconNetwork(backbone, projector)
+
+
+def build_codes(config: Config) -> Codes:
+    """The run's dictionary, from `training.seed`."""
+    kind = RademacherCodes if config.loss.codes == "rademacher" else HadamardCodes
+    return kind(config.loss.embedding_dim, config.loss.num_codes, config.training.seed)
