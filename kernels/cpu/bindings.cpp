@@ -1,5 +1,6 @@
 // The Python face of the C++ kernels. Arrays come in through the buffer protocol or DLPack, so one build serves every
-// version of torch; shapes are checked here, once, so that the kernels cannot write out of bounds.
+// version of torch; shapes are checked here, once, so that the kernels cannot write out of bounds, and nothing is
+// converted: an output that was converted would be a copy.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -29,7 +30,8 @@ NB_MODULE(_cpu, module) {
             falcon::pack_signs(signs.data(), signs.shape(0), signs.shape(1),
                                reinterpret_cast<std::uint32_t *>(words.data()));
         },
-        nb::arg("signs"), nb::arg("words"), "Pack (rows, f) bytes, 0 or not, into (rows, ceil(f / 32)) words.");
+        nb::arg("signs").noconvert(), nb::arg("words").noconvert(),
+        "Pack (rows, f) bytes, 0 or not, into (rows, ceil(f / 32)) words.");
     module.def(
         "unpack_signs",
         [](Matrix<const std::int32_t> words, Matrix<float> signs) {
@@ -37,5 +39,6 @@ NB_MODULE(_cpu, module) {
             falcon::unpack_signs(reinterpret_cast<const std::uint32_t *>(words.data()), signs.shape(0),
                                  signs.shape(1), signs.data());
         },
-        nb::arg("words"), nb::arg("signs"), "Unpack (rows, ceil(f / 32)) words into (rows, f) of -1 and +1.");
+        nb::arg("words").noconvert(), nb::arg("signs").noconvert(),
+        "Unpack (rows, ceil(f / 32)) words into (rows, f) of -1 and +1.");
 }

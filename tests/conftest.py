@@ -1,0 +1,39 @@
+"""What many tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference vectors and real images that lie beside the repository on some machines."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared beside the repository")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """40 noisy 24 x 20 PNG images in the class folders `dark` and `light`."""
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    root = tmp_path / "images"
+    for name, level in (("dark", 60), ("light", 190)):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.clip(random.normal(level, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
