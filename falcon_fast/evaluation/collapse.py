@@ -1,0 +1,255 @@
+r"""The four ways a representation fails, measured without labels and without scale, each with a line and its reason.
+
+x are vectors over the test images: the projector's embeddings, of which the theory speaks, and the backbone's features,
+which the user takes away; n images, f dimensions. A check is ok only where both stand above its line. The lines follow
+from what collapse and arithmetic do, not from any data set.
+
+**representation**: everything maps to one point. The share of the energy that varies, sqrt(E|x - Ex|^2 / E|x|^2), in
+[0, 1]. Collapse gives 0, or what rounding leaves: a bfloat16 rounding has a relative error of 0.002 (rms; at most
+2^-8), and the twenty to fifty layers of a network add up to 0.01. Centred embeddings give 1, non-negative features 0.3
+to 0.7. Line: 0.02, above what rounding alone can make.
+
+**dimensional**: everything lies on few directions. Effective rank exp(-sum_i p_i ln p_i) of the centred second-moment
+matrix, p its eigenvalues over their sum (Roy and Vetterli, 2007). A line gives 1, a plane at most 2, and noise 0.01 of
+it in size lifts that by less than 0.01. A saturated direction of tanh carries one bit, so K clusters take log2 K
+directions at the least; K is what the codes tell apart, their perplexity (below). Healthy embeddings of K separate
+clusters have about K - 1. Line: the larger of log2 K and 2.5 (a plane and a third direction with a tenth of the
+energy). Two or three clusters that are tight span a line or a plane and fail, as they should: a dictionary has many
+codes to use.
+
+**cluster**: only some codes are used. Perplexity exp(-sum_j q_j ln q_j) of the shares q_j of the images whose largest
+logit is code j; total collapse gives 1. A perfect clustering gives the perplexity of the classes: K when K classes are
+equally frequent; less when they are not, and by chance less by about (K - 1) / (2n) nats (Miller, 1955). One bit, ln 2
+nats, is room for both: the chance part fits from n = 0.72 K images on. Line: K / 2, where two classes must share each
+cluster, and 1.5 for K of 2 or 3, between the one cluster of collapse and the two that any distinction needs. With K
+unknown: 2, which only more than two clusters can pass. The backbone has no codes and so no value.
+
+**intracluster**: each cluster shrinks onto a point. The entropy of a mixture of diagonal Gaussians minus that of one
+Gaussian with the same variances, divided by the number of dimensions: about ln(standard deviation within clusters / in
+all), 0 where there are no clusters and minus infinity for points. The mixtures have K = 10, 20, 50, 100, 200
+components (10 images each at least), their entropy by Monte Carlo with 10,000 samples, as in the paper. A mixture with
+fewer components than there are points sees wide components and misses the collapse, so there is one more whose
+components are the codes: equal vectors have equal codes. The value is the smallest of all. A floor of 0.001 under
+every standard deviation (in units of the whole's) bounds the value by ln 0.001 = -6.9. Near +-1 a bfloat16 tanh has
+steps of 2^-8, an rms error of 0.001: points come out at -6.9 to about -6. Clusters that keep a spread of 5 to 30 % are
+at -3 to -1. Line: ln 0.01 = -4.6. Vectors are first projected on 64 random orthogonal directions, each scaled to unit
+variance: the fit is cheap and well posed. Principal components would not do, nor standardising before: the clusters
+lie in the few leading components, and some coordinates are the same for all clusters; the others are noise, which
+scaled up would average the collapse away. A random direction has the spread within clusters and in all in the
+proportion of the whole.
+
+A failure can fail other checks too: equal vectors fail all four; five points are too few codes for eleven classes.
+Where `representation` fails, read no further: the other three then describe rounding noise, and noise has every
+direction.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+
+from falcon_fast.errors import UsageError
+from falcon_fast.evaluation.arrays import CONSTANT, check_features, check_labels, moments
+
+MIN_IMAGES = 20
+MIN_ENERGY_SHARE = 0.02
+MIN_DIRECTIONS = 2.5
+MIN_PERPLEXITY_UNKNOWN, MIN_PERPLEXITY = 2.0, 1.5
+MIN_SPREAD, SPREAD_FLOOR = 0.01, 0.001
+
+MIXTURE_SIZES = (10, 20, 50, 100, 200)
+IMAGES_PER_COMPONENT = 10
+MIXTURE_DIMENSIONS = 64
+MONTE_CARLO_SAMPLES = 10_000
+# What the largest mixture needs; more images would only cost time.
+MIXTURE_IMAGES = MIXTURE_SIZES[-1] * IMAGES_PER_COMPONENT
+# More images move no eigenvalue that matters, and memory stays bounded (10,000 x 2048 float64: 160 MB).
+SPECTRUM_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class CollapseCheck:
+    """One failure mode: `value` on the embeddings and `backbone_value` on the features (None where it has no meaning
+    there) must both exceed `threshold`. `explanation` is a short phrase for a table. NaN where nothing can be measured.
+    """
+
+    value: float
+    threshold: float
+    ok: bool
+    backbone_value: float | None
+    explanation: str
+
+
+def collapse_checks(
+    embeddings: np.ndarray,
+    features: np.ndarray,
+    assignments: np.ndarray,
+    mean_assignment: np.ndarray | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> dict[str, CollapseCheck]:
+    """The four checks, by name: `representation`, `dimensional`, `cluster`, `intracluster` (see the module).
+
+    Args:
+        embeddings: (n, f) floating, the projector's outputs in evaluation mode on test images.
+        features: (n, d) floating, the backbone's outputs for the same images.
+        assignments: (n,) integers, the code of largest logit.
+        mean_assignment: (c,) floating, the mean softmax over the images; only informs the explanation.
+        num_classes: how many classes there are, where that is known.
+        seed: of subsampling, projection and mixtures; the result is a function of the arguments.
+
+    NaN or infinity anywhere, or fewer than 20 images, give checks that are not ok, and no exception.
+
+    Raises:
+        UsageError: shapes that do not fit together.
+    """
+    check_features(embeddings, "embeddings", finite=False)
+    check_features(features, "features", finite=False)
+    check_labels(assignments, len(embeddings), "assignments")
+    if len(features) != len(embeddings):
+        raise UsageError(f"features has {len(features)} rows, embeddings {len(embeddings)}: both need one per image")
+
+    perplexity = _perplexity(np.unique(assignments, return_counts=True)[1])
+    thresholds = {
+        "representation": MIN_ENERGY_SHARE,
+        "dimensional": max(MIN_DIRECTIONS, math.log2(perplexity)),
+        "cluster": _least_perplexity(num_classes),
+        "intracluster": math.log(MIN_SPREAD),
+    }
+    unmeasurable = _why_unmeasurable(embeddings, features, mean_assignment)
+    if unmeasurable:
+        return {
+            name: CollapseCheck(math.nan, threshold, False, None if name == "cluster" else math.nan, unmeasurable)
+            for name, threshold in thresholds.items()
+        }
+
+    values: dict[str, tuple[float, float | None]] = {
+        "representation": (energy_share(embeddings), energy_share(features)),
+        "dimensional": (effective_rank(embeddings, seed), effective_rank(features, seed)),
+        "cluster": (perplexity, None),
+        "intracluster": (cluster_spread(embeddings, assignments, seed), cluster_spread(features, assignments, seed)),
+    }
+    in_use = f"{len(np.unique(assignments)):,}"
+    if mean_assignment is not None:
+        in_use += f" of {len(mean_assignment):,}"
+    explanations = {
+        "representation": "share of the energy that varies; a constant output has 0",
+        "dimensional": "effective rank; one direction has 1",
+        "cluster": f"perplexity of the codes, {in_use} in use; one code has 1",
+        "intracluster": "ln(spread within clusters / in all); points have -6.9",
+    }
+    checks = {}
+    for name, (value, backbone_value) in values.items():
+        threshold = thresholds[name]
+        ok = value > threshold and (backbone_value is None or backbone_value > threshold)
+        checks[name] = CollapseCheck(value, threshold, ok, backbone_value, explanations[name])
+    return checks
+
+
+def energy_share(x: np.ndarray) -> float:
+    """sqrt(total variance / mean squared norm) of (n, f) vectors, in [0, 1]; 0 for constant vectors, zeros included."""
+    mean, std, _ = moments(x)
+    variance, energy = float(std @ std), float(std @ std + mean @ mean)
+    return math.sqrt(variance / energy) if energy > 0 else 0.0
+
+
+def singular_values(x: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Singular values, float64, descending, of the centred second-moment matrix of (n, f) vectors: min(n, f) of them.
+
+    For the figure that shows dimensional collapse as a fall on a logarithmic axis (Jing et al., 2022). Of more than
+    10,000 images a random 10,000 serve. Values below about 1e-15 of the first are rounding noise, cut at 0.
+    """
+    x = _some(x, SPECTRUM_IMAGES, seed).astype(np.float64)
+    x -= x.mean(axis=0)
+    # The smaller of the two Gram matrices has the same non-zero spectrum.
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    return np.linalg.eigvalsh(gram / len(x))[::-1].clip(min=0)
+
+
+def effective_rank(x: np.ndarray, seed: int = 0) -> float:
+    """exp(entropy) of the normalised spectrum of (n, f) vectors, from 1 to min(n - 1, f); 0 for constant vectors."""
+    return _perplexity(singular_values(x, seed))
+
+
+def cluster_spread(x: np.ndarray, assignments: np.ndarray, seed: int = 0) -> float:
+    """About ln(standard deviation within clusters / in all) of (n, f) vectors, at least ln 0.001; see the module."""
+    chosen = _some(np.arange(len(x)), MIXTURE_IMAGES, seed)
+    x, assignments = _project(x[chosen], seed), assignments[chosen]
+    if x.shape[1] == 0:
+        return math.log(SPREAD_FLOOR)
+    sizes = [k for k in MIXTURE_SIZES if k * IMAGES_PER_COMPONENT <= len(x)] or [len(x) // IMAGES_PER_COMPONENT]
+    spreads = [_mixture_spread(x, k, seed) for k in sizes]
+    return max(min(*spreads, _code_spread(x, assignments)), math.log(SPREAD_FLOOR))
+
+
+def _mixture_spread(x: np.ndarray, components: int, seed: int) -> float:
+    """Entropy of a fitted diagonal mixture minus that of one Gaussian, per dimension; x (n, f) of unit variances."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    mixture = GaussianMixture(components, covariance_type="diag", reg_covar=SPREAD_FLOOR**2, random_state=seed)
+    with warnings.catch_warnings():
+        # Points make fewer clusters than components, and an unfinished fit is still a fit.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(x)
+    samples, _ = mixture.sample(MONTE_CARLO_SAMPLES)
+    entropy = -float(mixture.score_samples(samples).mean())
+    return entropy / x.shape[1] - 0.5 * math.log(2 * math.pi * math.e)
+
+
+def _code_spread(x: np.ndarray, assignments: np.ndarray) -> float:
+    """The same for the mixture whose components are the codes, taken as apart; x (n, f) of unit variances."""
+    _, code, counts = np.unique(assignments, return_inverse=True, return_counts=True)
+    if len(counts) == len(x):
+        return 0.0  # no code has two images: nothing lies within a cluster
+    means = np.zeros((len(counts), x.shape[1]))
+    np.add.at(means, code, x)
+    means /= counts[:, None]
+    # n - codes degrees of freedom, so that small clusters do not look tight by chance.
+    within = ((x - means[code]) ** 2).sum(axis=0) / (len(x) - len(counts))
+    return 0.5 * float(np.log(within + SPREAD_FLOOR**2).mean())
+
+
+def _project(x: np.ndarray, seed: int) -> np.ndarray:
+    """(n, f) to (n, at most 64) float64, randomly rotated, each direction of unit variance; (n, 0) for a constant."""
+    if energy_share(x) <= CONSTANT:
+        return np.zeros((len(x), 0))
+    width = x.shape[1]
+    gaussian = np.random.default_rng(seed).standard_normal((width, min(width, MIXTURE_DIMENSIONS)))
+    x = (x - x.mean(axis=0, dtype=np.float64)) @ np.linalg.qr(gaussian)[0]
+    return x / x.std(axis=0)
+
+
+def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """`limit` rows of x, drawn without replacement, in order; all where there are no more."""
+    if len(x) <= limit:
+        return x
+    return x[np.sort(np.random.default_rng(seed).choice(len(x), limit, replace=False))]
+
+
+def _perplexity(weights: np.ndarray) -> float:
+    """exp(entropy) of non-negative weights, normalised; 0 where all are 0."""
+    weights = weights[weights > 0]
+    if len(weights) == 0:
+        return 0.0
+    shares = weights / weights.sum()
+    return math.exp(-float(shares @ np.log(shares)))
+
+
+def _least_perplexity(num_classes: int | None) -> float:
+    if num_classes is None or num_classes < 2:
+        return MIN_PERPLEXITY_UNKNOWN
+    return max(MIN_PERPLEXITY, num_classes / 2)
+
+
+def _why_unmeasurable(*arrays: np.ndarray | None) -> str:
+    """A phrase, empty where the arrays can be measured; the first has one row per image."""
+    if any(array is not None and not np.isfinite(array).all() for array in arrays):
+        return "not measurable: NaN or infinity in the network's outputs"
+    n = len(arrays[0]) if arrays[0] is not None else 0
+    if n < MIN_IMAGES:
+        return f"not measurable: too few images ({n}; at least {MIN_IMAGES})"
+    return ""
