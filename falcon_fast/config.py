@@ -114,9 +114,7 @@ class Config:
         return temperature(loss.embedding_dim, loss.num_codes, loss.temperature_batch, loss.epsilon)
 
 
-SECTIONS: dict[str, type[Any]] = {
-    name: kind for name, kind in get_type_hints(Config).items() if name != "recipe"
-}
+SECTIONS: dict[str, type[Any]] = {name: kind for name, kind in get_type_hints(Config).items() if name != "recipe"}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
