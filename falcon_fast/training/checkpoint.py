@@ -15,8 +15,9 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return getattr(torch.serialization, name)
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):  # where it was written
+            return PurePath
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 
@@ -58,6 +61,14 @@ class _Reader(FileSystemReader):
         found.storage_meta = found.storage_meta or dcp_metadata.StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """Without DCP's warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
+        yield
 
 
 def collect(network: nn.Module, probe: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -88,8 +99,7 @@ def save(directory: Path, step: int, tensors: Mapping[str, torch.Tensor], facts:
     final = directory / f"{PREFIX}{step:08d}"
     temporary = directory / f".{final.name}.{os.getpid()}.partial"
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
+        with _single_process():
             dcp.save(dict(tensors), checkpoint_id=str(temporary), no_dist=True)
         text = json.dumps({"format": FORMAT, "step": step, **facts}, indent=1)
         (temporary / "run.json").write_text(text, encoding="utf-8")
@@ -167,7 +177,8 @@ def load(
                 raise UsageError(
                     f"checkpoint {path}: {key} has shape {tuple(stored[key].size)}, the network {tuple(target.shape)}"
                 )
-        dcp.load(targets, storage_reader=reader, no_dist=True)
+        with _single_process():
+            dcp.load(targets, storage_reader=reader, no_dist=True)
     except UsageError:
         raise
     except (Exception, dcp.CheckpointException) as error:  # CheckpointException is a BaseException

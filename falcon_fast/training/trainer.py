@@ -187,6 +187,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
 
     display = TrainingDisplay(console, total, start_step)
     with closing(batches), metrics_file, stop_requests() as stop_requested, display:
+        if total == 0:
+            save(0)
         while start_step < total:
             waiting = time.monotonic()
             batch = next(batches)

@@ -1,0 +1,246 @@
+"""The command line from outside: what it leaves, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from falcon_fast import cli, config, runs
+
+TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--epochs", "2", "--no-amp"]
+
+
+@pytest.fixture
+def falcon_fast(monkeypatch, capsys):
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["falcon-fast", *map(str, arguments)])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return int(code), out.out, out.err  # type: ignore[call-overload]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny run on the digits: its directory and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "digits"
+    command = [sys.executable, "-m", "falcon_fast", "train", *TINY, "--run-dir", str(directory)]
+    # Outside the repository, where the installed package and not the clone is imported.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory.parent, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return directory, done.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    directory, _ = finished
+    names = {p.name for p in directory.iterdir()}
+    assert names == {"config.toml", "metrics.csv", "checkpoints", "result.json", "curves.png", "backbone.safetensors"}
+    result = json.loads((directory / "result.json").read_text())
+    for key in ("raw_pixels", "random_init", "trained"):
+        assert all(0 <= result[key][name] <= 1 for name in ("probe", "knn", "nmi_kmeans"))
+    assert 0 <= result["trained"]["nmi_codes"] <= 1 and 1 <= result["trained"]["codes_used"] <= 64
+    checks = result["trained"]["collapse"]
+    assert list(checks) == ["representation", "dimensional", "cluster", "intracluster"]
+    assert all({"value", "threshold", "ok"} <= set(check) for check in checks.values())
+    assert result["seconds"] > 0 and result["images_per_second"] > 0
+    # Raw pixels of the digits are a known quantity: far above chance, whatever the training did.
+    assert result["raw_pixels"]["probe"] > 0.95 and result["raw_pixels"]["knn"] > 0.95
+    header = next(csv.reader((directory / "metrics.csv").open()))
+    assert header[:8] == ["step", "epoch", "loss", "prior", "invariance", "codes_used", "lr", "probe_accuracy"]
+
+
+def test_a_run_prints_tables_and_verdicts(finished):
+    directory, out = finished
+    for piece in ("raw pixels", "random", "trained", "linear", "kNN", "verdict", "images/s", str(directory.name)):
+        assert piece in out
+    assert "\x1b" not in out  # not a terminal
+
+
+def test_the_resolved_configuration_loads_again(finished):
+    directory, _ = finished
+    loaded = config.load_config(directory / "config.toml")
+    assert loaded.model.width == 4 and loaded.data.size == 16 and loaded.loss.num_codes == 64
+    assert tomllib.loads((directory / "config.toml").read_text())["recipe"] == "digits"
+
+
+def test_the_backbone_is_the_trained_one(finished):
+    directory, _ = finished
+    _, network, _ = runs.load_trained(directory, "cpu")
+    weights = load_file(directory / "backbone.safetensors")
+    state = network.backbone.state_dict()
+    assert weights.keys() == state.keys() and all(torch.equal(weights[k], state[k]) for k in state)
+    with safe_open(directory / "backbone.safetensors", "pt") as file:
+        assert file.metadata() == {"model": "resnet8", "image_size": "16"}
+
+
+def test_evaluate_reproduces_the_result(finished, falcon_fast):
+    directory, _ = finished
+    code, out, err = falcon_fast("evaluate", directory, "--device", "cpu")
+    assert code == 0, err
+    assert "verdict" in out
+    again = json.loads((directory / "evaluation.json").read_text())
+    result = json.loads((directory / "result.json").read_text())
+    assert again["raw_pixels"] == result["raw_pixels"]
+    for name in ("probe", "knn", "nmi_codes"):
+        assert again["trained"][name] == pytest.approx(result["trained"][name], abs=0.01)
+    assert again["trained"]["codes_used"] == result["trained"]["codes_used"]
+
+
+def test_ones_own_images(image_folder, tmp_path, falcon_fast):
+    arguments = [
+        "--data",
+        image_folder,
+        "--batch-size",
+        "8",
+        *TINY,
+        "--set",
+        "model.name=resnet8",
+        "--set",
+        "data.workers=0",
+    ]
+    code, out, err = falcon_fast("train", *arguments, "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    assert "36 images to train on, 4 to test on, 20 px" in out and "held out" in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trained"]["collapse"]["representation"]["value"] is None  # 4 images: too few, and that is said
+    code, _, err = falcon_fast("evaluate", tmp_path / "run", "--data", image_folder)
+    assert code == 0, err
+
+
+def test_unlabelled_images(image_folder, tmp_path, falcon_fast):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(image_folder.rglob("*.png"))):
+        path.rename(flat / f"{i}.png")
+    arguments = ["--data", flat, "--batch-size", "8", *TINY, "--set", "model.name=resnet8", "--set", "data.workers=0"]
+    code, out, err = falcon_fast("train", *arguments, "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    assert "linear probe" not in out and "verdict" in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trained"]["probe"] is None and result["raw_pixels"]["knn"] is None
+    metrics = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert metrics and not any(row["probe_accuracy"] for row in metrics)
+
+
+def test_zero_epochs_evaluate_the_untrained_network(tmp_path, falcon_fast):
+    code, _, err = falcon_fast("train", *TINY, "--epochs", "0", "--run-dir", tmp_path / "run")
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trained"]["probe"] == result["random_init"]["probe"]
+    runs.load_trained(tmp_path / "run", "cpu")
+
+
+def test_info(falcon_fast):
+    code, out, _ = falcon_fast("info")
+    assert code == 0
+    for piece in (torch.__version__.partition("+")[0], "reference", "C++ kernels", "cifar10-resnet8"):
+        assert piece in out
+
+
+def test_help_names_every_option(falcon_fast):
+    code, out, _ = falcon_fast("train", "--help")
+    assert code == 0
+    for option in ("--recipe", "--data", "--epochs", "--batch-size", "--amp / --no-amp", "--codes", "--num-codes",
+                   "--embedding-dim", "--temperature-batch", "--run-dir", "--resume", "--seed", "--device", "--set"):  # fmt: skip
+        assert option in out
+
+
+BAD = {
+    "missing path": (["--data", "nowhere"], "no such path"),
+    "a file": (["--data", "occupied/file.txt"], "not a folder"),
+    "empty folder": (["--data", "empty"], "no image"),
+    "no readable image": (["--data", "unreadable"], "can be read"),
+    "recipe": (["--recipe", "cifar11"], "did you mean 'cifar10'"),
+    "recipe without data": (["--recipe", "cifar10"], "--data PATH"),
+    "data for the digits": (["--recipe", "digits", "--data", "empty"], "--recipe folder"),
+    "backbone": (["--set", "model.name=resnet81"], "did you mean 'resnet8'"),
+    "setting": (["--set", "loss.epsilom=1e-8"], "did you mean 'loss.epsilon'"),
+    "section": (["--set", "lose.beta=1"], "did you mean 'loss.beta'"),
+    "no value": (["--set", "loss.beta"], "section.key=value"),
+    "wrong type": (["--set", "loss.beta=much"], "must be a number"),
+    "wrong type of option": (["--epochs", "many"], "not a valid integer"),
+    "c": (["--num-codes", "1"], "at least 2 codes"),
+    "f": (["--embedding-dim", "0"], "at least 1"),
+    "epsilon": (["--set", "loss.epsilon=0.01"], "below 1"),
+    "batch of one": (["--batch-size", "1"], "BatchNorm"),
+    "batch beyond the data": (["--batch-size", "5000"], "5000"),
+    "epochs": (["--epochs", "-1"], "at least 0"),
+    "hadamard": (["--codes", "hadamard", "--embedding-dim", "96"], "power of two"),
+    "codes": (["--codes", "gold"], "hadamard, rademacher"),
+    "augmentation": (["--set", "data.augmentation=digit"], "did you mean"),
+    "resume nothing": (["--resume", "nowhere"], "no such run"),
+    "resume no run": (["--resume", "empty"], "config.toml"),
+    "resume with changes": (["--resume", "empty", "--epochs", "3"], "cannot change"),
+    "occupied run directory": (["--run-dir", "occupied"], "not empty"),
+    "run directory is a file": (["--run-dir", "occupied/file.txt"], "not empty"),
+    "unwritable run directory": (["--run-dir", "/proc/run"], "cannot be written"),
+    "device": (["--device", "cuda:99"], "not there"),
+    "unknown device": (["--device", "quantum"], "unknown device"),
+    "option": (["--epoch", "3"], "--epochs"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_and_writes_nothing(name, tmp_path, monkeypatch, falcon_fast):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "file.txt").write_text("mine")
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable" / "a.jpg").write_bytes(b"not an image")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, expected = BAD[name]
+    code, out, err = falcon_fast("train", *arguments)
+    assert code == 2, (out, err)
+    assert expected in err
+    assert len((out + err).strip().splitlines()) <= 6 and "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_incomplete_run_is_not_resumed(finished, tmp_path, falcon_fast):
+    broken = tmp_path / "broken"
+    (broken / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (broken / "config.toml").write_text((finished[0] / "config.toml").read_text())
+    for command in (["train", "--resume", broken], ["evaluate", broken]):
+        code, _, err = falcon_fast(*command)
+        assert code == 2 and "no complete checkpoint" in err
+
+
+def test_a_diverging_run_exits_with_one_line(tmp_path, falcon_fast):
+    code, _, err = falcon_fast("train", *TINY, "--set", "optimizer.lr=1e30", "--run-dir", tmp_path / "run")
+    assert code == 1
+    assert "not finite at step" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_resume_of_a_finished_run_only_evaluates(finished, tmp_path, falcon_fast):
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(finished[0], copied)
+    code, out, err = falcon_fast("train", "--resume", copied)
+    assert code == 0, err
+    assert (copied / "metrics.csv").read_text() == (Path(finished[0]) / "metrics.csv").read_text()
+
+
+def test_importing_the_package_is_light():
+    heavy = ["click", "rich", "nvidia.dali", "matplotlib", "sklearn", "scipy", "timm", "torchvision", "PIL", "triton"]
+    code = f"import sys, torch, numpy; had = set(sys.modules); import falcon_fast; print([m for m in {heavy} if m in set(sys.modules) - had])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip() == "[]"

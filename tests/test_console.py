@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import csv
+import io
+
+from rich.console import Console
+
+from falcon_fast.training.console import COLUMNS, MetricsFile, TrainingDisplay
+
+ROW = {
+    "step": 10,
+    "epoch": 0.5,
+    "loss": 1 / 3,
+    "prior": 0.1,
+    "invariance": 0.2,
+    "codes_used": 7,
+    "lr": 1e-3,
+    "images_per_second": 123.4,
+    "data_wait": 0.01,
+    "seconds": 2.0,
+}
+
+
+def test_columns_begin_with_the_step_and_end_with_the_timings():
+    assert COLUMNS[:8] == ("step", "epoch", "loss", "prior", "invariance", "codes_used", "lr", "probe_accuracy")
+    assert COLUMNS[-3:] == ("images_per_second", "data_wait", "seconds")
+
+
+def test_rows_are_on_disk_at_once_and_what_was_not_measured_is_empty(tmp_path):
+    path = tmp_path / "metrics.csv"
+    with MetricsFile(path) as file:
+        file.write(ROW | {"probe_accuracy": None})
+        (row,) = csv.DictReader(path.open())
+        assert row["loss"] == "0.333333333" and row["probe_accuracy"] == "" and row["nmi_codes"] == ""
+
+
+def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.csv"
+    with MetricsFile(path) as file:
+        for step in (10, 20, 30):
+            file.write(ROW | {"step": step})
+    with MetricsFile(path, keep_until_step=20) as file:
+        file.write(ROW | {"step": 40})
+    assert [row["step"] for row in csv.DictReader(path.open())] == ["10", "20", "40"]
+    with MetricsFile(path) as file:
+        pass
+    assert not list(csv.DictReader(path.open()))
+
+
+def shown(terminal: bool, rows) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=150)
+    with TrainingDisplay(console, total_steps=20, start_step=0) as display:
+        for row in rows:
+            display.advance(row["step"])
+            display.show(row, epochs=2)
+    return out.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    text = shown(False, [ROW, ROW | {"step": 20, "epoch": 1.0, "probe_accuracy": 0.75, "nmi_codes": 0.5}])
+    (line,) = text.splitlines()  # the first row comes too soon after the start for a line of its own
+    for piece in (
+        "epoch 1.0/2",
+        "123 images/s",
+        "loss 0.333",
+        "prior 0.100",
+        "7 codes",
+        "probe 0.750",
+        "NMI 0.500",
+        "s left",
+    ):
+        assert piece in line
+    assert "\x1b" not in text
+
+
+def test_a_progress_bar_on_a_terminal():
+    text = shown(True, [ROW])
+    assert "50%" in text and "123 images/s" in text and "\x1b" in text

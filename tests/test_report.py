@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from falcon_fast.evaluation.report import plot_curves, result_tables
+from falcon_fast.training.console import MetricsFile
+
+CHECK = {"value": 1.25, "threshold": 0.5, "ok": True, "backbone_value": None, "explanation": ""}
+BAD = {"value": float("nan"), "threshold": 0.5, "ok": False, "backbone_value": 0.25, "explanation": ""}
+
+
+def result(probe):
+    scores = {"probe": probe, "knn": probe, "nmi_kmeans": probe}
+    checks = {"representation": CHECK, "dimensional": BAD, "cluster": CHECK, "intracluster": CHECK}
+    trained = scores | {"nmi_codes": probe, "codes_used": 21, "collapse": checks}
+    return {"raw_pixels": scores, "random_init": scores, "trained": trained}
+
+
+def text(tables) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    for table in tables:
+        console.print(table)
+    return out.getvalue()
+
+
+def test_tables_hold_three_rows_and_a_verdict_each():
+    tables = result_tables(result(0.875))
+    assert len(tables) == 2
+    shown = text(tables)
+    for piece in ("raw pixels", "random initialisation", "trained by FALCON", "0.875", "21"):
+        assert piece in shown
+    assert shown.count("COLLAPSED") == 1 and shown.count(" ok ") == 3
+
+
+def test_without_labels_only_the_collapse_checks():
+    assert len(result_tables(result(None))) == 1
+
+
+def test_the_picture_shows_curves(tmp_path):
+    def draw(name: str, rows: int) -> np.ndarray:
+        with MetricsFile(tmp_path / f"{name}.csv") as file:
+            for step in range(1, rows + 1):
+                row = {
+                    "step": step,
+                    "epoch": step / 2,
+                    "loss": 9.0 / step,
+                    "prior": 1.0,
+                    "invariance": 2.0,
+                    "codes_used": step,
+                }
+                file.write(row | {"probe_accuracy": step / 10 if step % 2 else None})
+        plot_curves(tmp_path / f"{name}.csv", tmp_path / f"{name}.png")
+        return np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+
+    empty, full = draw("empty", 0), draw("full", 8)
+    assert full.shape == empty.shape and full.shape[1] > 800
+    assert (full != empty).mean() > 0.005
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.csv", "empty.png", "full.csv", "full.png"]

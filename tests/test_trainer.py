@@ -1,0 +1,185 @@
+"""The loop: exact resume, interruption, non-finite losses. On the digits with a tiny network."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.runs import create_run_directory
+from falcon_fast.training import checkpoint, trainer
+from falcon_fast.training.console import COLUMNS
+
+TINY = {
+    "model.width": 4,
+    "loss.embedding_dim": 32,
+    "loss.num_codes": 64,
+    "training.epochs": 2,
+    "training.batch_size": 128,
+    "log.every_steps": 3,
+    "log.evaluate_epochs": 1,
+    "checkpoint.every_steps": 5,
+}  # 11 steps an epoch
+QUIET = Console(quiet=True)
+
+
+def prepared(**changes):
+    settings = TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    return trainer.prepare(validate(override(load_recipe("digits"), settings)))
+
+
+def start(directory: Path, **changes):
+    run = prepared(**changes)
+    create_run_directory(directory, run.config)
+    return run
+
+
+def rows(directory: Path) -> list[tuple[str, ...]]:
+    """metrics.csv without the timings."""
+    with (directory / "metrics.csv").open() as file:
+        return [tuple(row[c] for c in COLUMNS[:-3]) for row in csv.DictReader(file)]
+
+
+def assert_same_state(a: trainer.Run, b: trainer.Run) -> None:
+    ours, theirs = (checkpoint.collect(r.network, r.probe, r.optimizer) for r in (a, b))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    run = start(directory)
+    trainer.train(run, directory, QUIET)
+    return run, directory
+
+
+def continued(directory: Path) -> trainer.Run:
+    run = prepared()
+    step, seconds = trainer.restore(run, directory)
+    trainer.train(run, directory, QUIET, step, seconds)
+    return run
+
+
+def test_rows_are_where_they_should_be(whole):
+    _, directory = whole
+    found = rows(directory)
+    assert [int(row[0]) for row in found] == [3, 6, 9, 11, 12, 15, 18, 21, 22]
+    tested = [row for row in found if row[COLUMNS.index("probe_accuracy")]]
+    assert [int(row[0]) for row in tested] == [11, 22]
+    kept = [p.name for p in checkpoint.complete(directory / "checkpoints")]
+    assert kept == ["step-00000020", "step-00000022"]
+
+
+def test_the_seed_alone_decides_the_run(whole, tmp_path):
+    torch.manual_seed(99)  # the caller's random state does not
+    torch.randn(5)
+    run = start(tmp_path / "run")
+    trainer.train(run, tmp_path / "run", QUIET)
+    assert rows(tmp_path / "run") == rows(whole[1])
+    other = prepared(training__seed=1)
+    assert not torch.equal(other.codes.words, run.codes.words)
+    assert other.clock.at(0).indices.tolist() != run.clock.at(0).indices.tolist()
+    # The random states differ by the caller's seed; everything else is equal.
+    ours, theirs = whole[0].network.state_dict(), run.network.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch):
+    directory, step_function, calls = tmp_path / "run", trainer.training_step, []
+
+    def stopping(*arguments):
+        calls.append(None)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_function(*arguments)
+
+    torch.manual_seed(0)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(start(directory), directory, QUIET)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert len(calls) == 8 and checkpoint.latest(directory).name == "step-00000008"
+    run = continued(directory)
+    assert rows(directory) == rows(whole[1])
+    assert_same_state(run, whole[0])
+
+
+def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_path, monkeypatch):
+    directory, step_function, calls = tmp_path / "run", trainer.training_step, []
+
+    def dying(*arguments):
+        calls.append(None)
+        if len(calls) == 14:
+            raise MemoryError
+        return step_function(*arguments)
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", dying)
+        with pytest.raises(MemoryError):
+            trainer.train(start(directory), directory, QUIET)
+    assert checkpoint.latest(directory).name == "step-00000010"
+    assert rows(directory)[-1][0] == "12"  # past the checkpoint: replaced on resume
+    run = continued(directory)
+    assert rows(directory) == rows(whole[1])
+    assert_same_state(run, whole[0])
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    directory, step_function, calls = tmp_path / "run", trainer.training_step, []
+
+    def diverging(*arguments):
+        calls.append(None)
+        metrics = step_function(*arguments)
+        return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
+
+    monkeypatch.setattr(trainer, "training_step", diverging)
+    with pytest.raises(TrainingError, match="not finite at step 7") as caught:
+        trainer.train(start(directory), directory, QUIET)
+    assert "step-00000005" in str(caught.value)
+    assert [p.name for p in checkpoint.complete(directory / "checkpoints")] == ["step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"training__seed": 1}, "codes"),
+        ({"loss__temperature_batch": 16}, "temperature"),
+        ({"loss__num_codes": 128}, "codes"),
+    ],
+)
+def test_resuming_with_something_else_is_refused(whole, changes, what):
+    with pytest.raises(UsageError, match=f"its {what} was"):
+        trainer.restore(prepared(**changes), whole[1])
+
+
+def test_resuming_with_other_data_is_refused(whole):
+    run = prepared()
+    other = trainer.Run(**{**vars(run), "source": type(run.source)(**{**vars(run.source), "fingerprint": "other"})})
+    with pytest.raises(UsageError, match="its data was"):
+        trainer.restore(other, whole[1])
+
+
+def test_a_batch_of_one_needs_no_batchnorm():
+    with pytest.raises(UsageError, match="BatchNorm"):
+        prepared(training__batch_size=1)
+
+
+def test_learning_and_temperature_are_the_runs_own(whole):
+    run, directory = whole
+    assert run.criterion.tau == run.config.tau
+    rates = [float(row[COLUMNS.index("lr")]) for row in rows(directory)]
+    assert rates == sorted(rates, reverse=True) and rates[0] < run.config.optimizer.lr
