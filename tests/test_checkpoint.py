@@ -89,7 +89,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch):
     )
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, parts, 2)
-    assert os.listdir(tmp_path / "checkpoints") == [old.name]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [old.name]
 
 
 def test_an_incomplete_directory_is_no_checkpoint(tmp_path):

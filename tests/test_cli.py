@@ -234,13 +234,16 @@ def test_resume_of_a_finished_run_only_evaluates(finished, tmp_path, falcon_fast
 
     copied = tmp_path / "copy"
     shutil.copytree(finished[0], copied)
-    code, out, err = falcon_fast("train", "--resume", copied)
+    code, _, err = falcon_fast("train", "--resume", copied)
     assert code == 0, err
     assert (copied / "metrics.csv").read_text() == (Path(finished[0]) / "metrics.csv").read_text()
 
 
 def test_importing_the_package_is_light():
     heavy = ["click", "rich", "nvidia.dali", "matplotlib", "sklearn", "scipy", "timm", "torchvision", "PIL", "triton"]
-    code = f"import sys, torch, numpy; had = set(sys.modules); import falcon_fast; print([m for m in {heavy} if m in set(sys.modules) - had])"
+    code = (
+        "import sys, torch, numpy; had = set(sys.modules); import falcon_fast; "
+        f"print([m for m in {heavy} if m in set(sys.modules) - had])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
