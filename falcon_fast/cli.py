@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -141,20 +140,10 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     from rich.console import Console
 
     from falcon_fast import runs
-    from falcon_fast.data.sources import open_source
-    from falcon_fast.evaluation.protocol import evaluate_network
     from falcon_fast.evaluation.report import result_tables
 
-    config, network, codes = runs.load_trained(run, device)
-    if data is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, path=str(Path(data).expanduser().absolute()))
-        )
-    source = open_source(config.data)
     console = Console(highlight=False)
-    for note in source.notes:
-        console.print(note, soft_wrap=True)
-    result = evaluate_network(config, network, codes, source, codes.words.device, say=console.print)
+    result = runs.evaluate(runs.load_trained(run, device), data, say=lambda line: console.print(line, soft_wrap=True))
     runs.write_json(run / "evaluation.json", result)
     for table in result_tables(result):
         console.print(table)
@@ -170,12 +159,12 @@ def info() -> None:
 
 
 def main() -> None:
-    """The console script: UsageError is one line and exit code 2, TrainingError one line and exit code 1."""
+    """The console script: UsageError is one line and exit code 2; what stops a run, one line and exit code 1."""
     try:
         cli()
     except UsageError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

@@ -10,16 +10,21 @@ backbone.safetensors   the trained backbone alone, without projector
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from falcon_fast.config import Config, dump_config, load_config
+from falcon_fast.data.augmentation import augmentation
+from falcon_fast.data.sources import open_source
+from falcon_fast.data.workers import auto_workers
 from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
@@ -41,8 +46,23 @@ def create_run_directory(path: Path, config: Config) -> None:
         raise UsageError(f"run directory {path} cannot be written: {error.strerror}") from None
 
 
-def load_trained(directory: Path, device: str = "auto") -> tuple[Config, FalconNetwork, Codes]:
-    """A run's configuration, its network at the newest checkpoint (evaluation mode), and its dictionary, on `device`.
+@dataclass(frozen=True)
+class Trained:
+    """What a run has learnt: the network in evaluation mode and all that its use depends on.
+
+    `mean` and `std` normalise its images, per channel of pixels in [0, 1]; the temperature is `config.tau`.
+    """
+
+    config: Config
+    network: FalconNetwork
+    codes: Codes
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+
+
+def load_trained(directory: Path, device: str = "auto") -> Trained:
+    """A run's network at its newest checkpoint, on `device`.
 
     Raises:
         UsageError: no such run, no complete checkpoint, a damaged one, or a device that is not there.
@@ -53,10 +73,31 @@ def load_trained(directory: Path, device: str = "auto") -> tuple[Config, FalconN
     place = find_device(device)
     network = build_network(config, config.data.size)
     path = checkpoint.latest(directory)
-    checkpoint.read_facts(path)
+    facts = checkpoint.read_facts(path)
     checkpoint.load(path, network)
     network.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return config, network.eval(), build_codes(config).to(place)
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)
+
+
+def evaluate(trained: Trained, data: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Judge a trained network on its own data, or on the images at `data`; returns the figures of `result.json`.
+
+    Other images than its own are resized to the network's side and normalised as its own were.
+
+    Raises:
+        UsageError: the data cannot be opened.
+    """
+    config = trained.config
+    if data is not None:
+        kind = "folder" if config.data.source == "digits" else config.data.source
+        path = str(Path(data).expanduser().absolute())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=kind, path=path))
+    source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
+    for note in source.notes:
+        say(note)
+    workers = config.data.workers if config.data.workers >= 0 else auto_workers(augmentation(config.data.augmentation))
+    return evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
 
 
 def finish(run: Run, directory: Path, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -69,7 +110,13 @@ def finish(run: Run, directory: Path, seconds: float, say: Callable[[str], None]
     plot_curves(directory / "metrics.csv", directory / "curves.png")
     weights = {k: v.contiguous() for k, v in run.network.backbone.state_dict().items()}
     partial = directory / ".backbone.safetensors.partial"
-    save_file(weights, partial, metadata={"model": run.config.model.name, "image_size": str(run.source.size)})
+    metadata = {
+        "model": run.config.model.name,
+        "image_size": str(run.source.size),
+        "mean": json.dumps(run.source.mean),
+        "std": json.dumps(run.source.std),
+    }
+    save_file(weights, partial, metadata=metadata)
     partial.replace(directory / "backbone.safetensors")
     write_json(directory / "result.json", result)  # last: a run with a result is a finished run
     return result

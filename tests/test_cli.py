@@ -67,7 +67,16 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_a_run_prints_tables_and_verdicts(finished):
     directory, out = finished
-    for piece in ("raw pixels", "random", "trained", "linear", "kNN", "verdict", "images/s", str(directory.name)):
+    for piece in (
+        "raw pixels",
+        "random initialisation",
+        "trained by FALCON",
+        "linear probe",
+        "kNN",
+        "verdict",
+        "images/s",
+        "run directory",
+    ):
         assert piece in out
     assert "\x1b" not in out  # not a terminal
 
@@ -81,12 +90,14 @@ def test_the_resolved_configuration_loads_again(finished):
 
 def test_the_backbone_is_the_trained_one(finished):
     directory, _ = finished
-    _, network, _ = runs.load_trained(directory, "cpu")
+    trained = runs.load_trained(directory, "cpu")
     weights = load_file(directory / "backbone.safetensors")
-    state = network.backbone.state_dict()
+    state = trained.network.backbone.state_dict()
     assert weights.keys() == state.keys() and all(torch.equal(weights[k], state[k]) for k in state)
     with safe_open(directory / "backbone.safetensors", "pt") as file:
-        assert file.metadata() == {"model": "resnet8", "image_size": "16"}
+        metadata = file.metadata()
+    assert metadata["model"] == "resnet8" and metadata["image_size"] == "16"
+    assert json.loads(metadata["mean"]) == list(trained.mean) and json.loads(metadata["std"]) == list(trained.std)
 
 
 def test_evaluate_reproduces_the_result(finished, falcon_fast):
@@ -100,6 +111,19 @@ def test_evaluate_reproduces_the_result(finished, falcon_fast):
     for name in ("probe", "knn", "nmi_codes"):
         assert again["trained"][name] == pytest.approx(result["trained"][name], abs=0.01)
     assert again["trained"]["codes_used"] == result["trained"]["codes_used"]
+
+
+def test_other_images_are_seen_as_the_run_saw_its_own(finished, image_folder, falcon_fast, monkeypatch):
+    from falcon_fast.evaluation import protocol
+
+    sources = []
+    extract = protocol.extract_features
+    monkeypatch.setattr(protocol, "extract_features", lambda *a: sources.append(a[2]) or extract(*a))
+    code, out, err = falcon_fast("evaluate", finished[0], "--data", image_folder)
+    assert code == 0, err
+    assert "held out" in out
+    trained = runs.load_trained(finished[0], "cpu")
+    assert {(source.size, source.mean, source.std) for source in sources} == {(16, trained.mean, trained.std)}
 
 
 def test_ones_own_images(image_folder, tmp_path, falcon_fast):

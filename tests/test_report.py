@@ -22,7 +22,7 @@ def result(probe):
 
 def text(tables) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=100)
+    console = Console(file=out, width=80)
     for table in tables:
         console.print(table)
     return out.getvalue()

@@ -13,29 +13,33 @@ if TYPE_CHECKING:
 
 ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random initialisation"), ("trained", "trained by FALCON"))
 COLLAPSE = (
-    ("representation", "representation: do embeddings differ?"),
-    ("dimensional", "dimensional: effective rank"),
-    ("cluster", "cluster: codes in use (perplexity)"),
-    ("intracluster", "intra-cluster: spread inside clusters"),
+    ("representation", "representation (share that varies)"),
+    ("dimensional", "dimensional (effective rank)"),
+    ("cluster", "cluster (perplexity of the codes)"),
+    ("intracluster", "intra-cluster (log of the spread)"),
 )
 
 
 def result_tables(result: Mapping[str, Any]) -> list[Table]:
     """The figures of `result.json` as two rich tables: the comparison (only with labels), and the collapse checks."""
+    from rich import box
     from rich.table import Table
+
+    def heading(title: str) -> Table:  # within 80 columns, which is what rich takes where there is no terminal
+        return Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
 
     tables = []
     trained = result["trained"]
     if trained["probe"] is not None:
-        table = Table(title="frozen features, test split", title_justify="left")
-        for name in ("", "linear probe", "weighted kNN", "NMI k-means", "NMI codes", "codes used"):
+        table = heading("frozen features, on the test split")
+        for name in ("", "linear probe", "kNN", "NMI k-means", "NMI codes", "codes"):
             table.add_column(name, justify="left" if not name else "right")
         for key, label in ROWS:
             row = result[key]
             codes = (_figure(row.get("nmi_codes")), str(row.get("codes_used", "")))
             table.add_row(label, _figure(row["probe"]), _figure(row["knn"]), _figure(row["nmi_kmeans"]), *codes)
         tables.append(table)
-    table = Table(title="collapse checks, test split", title_justify="left")
+    table = heading("collapse checks, on the test split")
     for name in ("", "embeddings", "backbone", "must exceed", "verdict"):
         table.add_column(name, justify="left" if not name else "right")
     for key, label in COLLAPSE:

@@ -65,9 +65,15 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint is resumed against: the data and the dictionary, beside config.toml."""
+        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
-        return {"data": self.source.fingerprint, "codes": codes, "temperature": self.config.tau}
+        return {
+            "data": self.source.fingerprint,
+            "codes": codes,
+            "temperature": self.config.tau,
+            "mean": list(self.source.mean),
+            "std": list(self.source.std),
+        }
 
 
 def prepare(config: Config) -> Run:
