@@ -155,7 +155,7 @@ def test_unlabelled_images(image_folder, tmp_path, falcon_fast):
     arguments = ["--data", flat, "--batch-size", "8", *TINY, "--set", "model.name=resnet8", "--set", "data.workers=0"]
     code, out, err = falcon_fast("train", *arguments, "--run-dir", tmp_path / "run")
     assert code == 0, err
-    assert "linear probe" not in out and "verdict" in out
+    assert "raw pixels" not in out and "verdict" in out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["trained"]["probe"] is None and result["raw_pixels"]["knn"] is None
     metrics = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))

@@ -32,7 +32,7 @@ def test_tables_hold_three_rows_and_a_verdict_each():
     tables = result_tables(result(0.875))
     assert len(tables) == 2
     shown = text(tables)
-    for piece in ("raw pixels", "random initialisation", "trained by FALCON", "0.875", "21"):
+    for piece in ("raw pixels", "random weights", "trained by FALCON", "0.875", "21"):
         assert piece in shown
     assert shown.count("COLLAPSED") == 1 and shown.count(" ok ") == 3
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random initialisation"), ("trained", "trained by FALCON"))
+ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random weights"), ("trained", "trained by FALCON"))
 COLLAPSE = (
-    ("representation", "representation (share that varies)"),
+    ("representation", "representation (varying share)"),
     ("dimensional", "dimensional (effective rank)"),
-    ("cluster", "cluster (perplexity of the codes)"),
-    ("intracluster", "intra-cluster (log of the spread)"),
+    ("cluster", "cluster (code perplexity)"),
+    ("intracluster", "intra-cluster (log spread)"),
 )
 
 
@@ -32,7 +32,7 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
     trained = result["trained"]
     if trained["probe"] is not None:
         table = heading("frozen features, on the test split")
-        for name in ("", "linear probe", "kNN", "NMI k-means", "NMI codes", "codes"):
+        for name in ("", "probe", "kNN", "NMI k-means", "NMI codes", "codes"):
             table.add_column(name, justify="left" if not name else "right")
         for key, label in ROWS:
             row = result[key]
