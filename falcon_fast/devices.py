@@ -24,6 +24,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    # Not torch.cpu.get_capabilities(), which is newer than the oldest torch supported.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def mixed_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None, tuple[str, ...]]:
     """The autocast dtype for `--amp` on a device, and lines for the user.
 
@@ -31,7 +37,6 @@ def mixed_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None
     """
     if not amp:
         return None, ()
-    native = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16")
-    if device.type == "cpu" and not native:
+    if device.type == "cpu" and not native_bfloat16():
         return None, ("--amp: this CPU has no native bfloat16 products, training in float32",)
     return torch.bfloat16, ()

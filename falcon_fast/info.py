@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -21,8 +22,7 @@ def report() -> Iterator[str]:
     """The lines of `falcon-fast info`."""
     yield f"falcon_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
-    yield f"CPU: {cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
+    yield f"CPU: {_cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
@@ -43,6 +43,13 @@ def report() -> Iterator[str]:
     yield "recipes:"
     for name in recipe_names():
         yield f"  {name:16} {recipe_description(name)}"
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

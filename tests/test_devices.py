@@ -23,8 +23,9 @@ def test_mixed_precision_only_where_bfloat16_is_native(monkeypatch):
     cpu = torch.device("cpu")
     assert mixed_precision(False, cpu) == (None, ())
     assert mixed_precision(True, torch.device("cuda")) == (torch.bfloat16, ())
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert mixed_precision(True, cpu) == (torch.bfloat16, ())
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     dtype, (line,) = mixed_precision(True, cpu)
     assert dtype is None and "float32" in line

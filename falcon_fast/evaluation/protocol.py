@@ -26,14 +26,19 @@ UNLABELLED: dict[str, Any] = {"probe": None, "knn": None, "nmi_kmeans": None}
 
 
 def scores(
-    train_features: np.ndarray, test_features: np.ndarray, train: Split, test: Split, num_classes: int
+    train_features: np.ndarray,
+    test_features: np.ndarray,
+    train: Split,
+    test: Split,
+    num_classes: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Linear probe, weighted kNN and k-means NMI (on the test split, k = number of classes); all None without labels."""
     if train.labels is None or test.labels is None:
         return dict(UNLABELLED)
     return {
         "probe": linear_probe(train_features, train.labels, test_features, test.labels),
-        "knn": weighted_knn(train_features, train.labels, test_features, test.labels),
+        "knn": weighted_knn(train_features, train.labels, test_features, test.labels, device=device),
         "nmi_kmeans": kmeans_nmi(test_features, test.labels, num_classes),
     }
 
@@ -54,20 +59,20 @@ def evaluate_network(
     if labelled:
         say("evaluating raw pixels")
         results["raw_pixels"] = scores(
-            raw_pixels(train, source, workers), raw_pixels(test, source, workers), train, test, k
+            raw_pixels(train, source, workers), raw_pixels(test, source, workers), train, test, k, device
         )
 
         say("evaluating the network at random initialisation")
         untrained = build_network(config, source.size).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         train_features = extract_features(untrained, train, source, device, workers)
         test_features = extract_features(untrained, test, source, device, workers)
-        results["random_init"] = scores(train_features, test_features, train, test, k)
+        results["random_init"] = scores(train_features, test_features, train, test, k, device)
 
     say("evaluating the trained network")
     seen = extract_assigned(network, codes, config.tau, test, source, device, workers)
     trained = dict(UNLABELLED) | {"nmi_codes": None, "ari_codes": None, "accuracy_codes": None}
     if labelled:
-        trained = scores(extract_features(network, train, source, device, workers), seen.features, train, test, k)
+        trained = scores(extract_features(network, train, source, device, workers), seen.features, train, test, k, device)
         assert test.labels is not None
         trained["nmi_codes"] = nmi(test.labels, seen.assignments)
         trained["ari_codes"] = ari(test.labels, seen.assignments)
