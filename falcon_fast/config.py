@@ -165,11 +165,13 @@ def load_config(path: Path) -> Config:
 def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
     values: dict[str, Any] = {}
     for section, table in tables.items():
-        if section == "recipe" and isinstance(table, str):
-            values[section] = table
+        if section == "recipe":
+            values[section] = _checked("recipe", table, str)
             continue
-        if section not in SECTIONS or not isinstance(table, Mapping):
+        if section not in SECTIONS:
             raise UsageError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{where}: {section} must be a table, [{section}], not {table!r}")
         cls = SECTIONS[section]
         types = get_type_hints(cls)
         for key in table:
