@@ -118,12 +118,11 @@ SECTIONS: dict[str, type[Any]] = {name: kind for name, kind in get_type_hints(Co
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A phrase that helps someone who mistyped: the nearest valid name, or all of them when they are few."""
+    """A phrase that helps someone who mistyped: the nearest valid name, or all of them when none is near and they are few."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"choose one of {', '.join(valid)}" if len(valid) <= 12 else ""
+    few = len(valid) <= 12
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5 if few else 0.0)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(valid)}"
 
 
 def recipe_names() -> list[str]:
