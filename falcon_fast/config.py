@@ -263,6 +263,8 @@ def validate(config: Config) -> Config:
     ):
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
+    if not optimizer.lr > 0:  # the schedule is a multiple of it
+        raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:
         raise UsageError(f"optimizer.momentum must be in [0, 1), not {optimizer.momentum}")
     f, c = loss.embedding_dim, loss.num_codes
