@@ -182,6 +182,8 @@ def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
 
 def _checked(key: str, value: Any, kind: type) -> Any:
     """`value` as a `kind`, or UsageError: an int passes for a float, nothing else for anything else."""
+    if type(value) is int and not -(2**63) <= value < 2**63:  # TOML's integers end there, and so do torch's seeds
+        raise UsageError(f"{key} must fit into 64 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
