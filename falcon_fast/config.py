@@ -188,6 +188,9 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         return float(value)
     if type(value) is not kind:
         raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
+    if kind is str and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        # A file name that is no UTF-8 arrives with surrogates, which no TOML file can hold.
+        raise UsageError(f"{key} must be UTF-8 text, not {value!r}: rename the folder or link to it")
     return value
 
 
@@ -281,14 +284,15 @@ def validate(config: Config) -> Config:
     return config
 
 
+def _toml(value: str | int | float | bool) -> str:
+    """JSON's integers, booleans and finite floats are TOML's too, and so are its strings but for one: a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def dump_config(config: Config) -> str:
     """The whole tree as TOML text."""
-    lines = [f"recipe = {json.dumps(config.recipe)}"]
+    lines = [f"recipe = {_toml(config.recipe)}"]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
-        # JSON's strings, integers, booleans and finite floats are TOML's too.
-        lines += [
-            f"{k} = {json.dumps(v, ensure_ascii=False)}"
-            for k, v in dataclasses.asdict(getattr(config, section)).items()
-        ]
+        lines += [f"{k} = {_toml(v)}" for k, v in dataclasses.asdict(getattr(config, section)).items()]
     return "\n".join(lines) + "\n"
