@@ -158,7 +158,7 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    return _from_tables(tables, where=str(path))
+    return validate(_from_tables(tables, where=str(path)))
 
 
 def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
