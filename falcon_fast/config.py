@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels import loss_implementations
 from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
@@ -25,6 +26,7 @@ from falcon_fast.objective.projector import ACTIVATIONS
 SOURCES = ("digits", "cifar10", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+IMPLEMENTATIONS = ("auto", *dict.fromkeys((*loss_implementations("cpu"), *loss_implementations("cuda"))))
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 
@@ -243,6 +245,7 @@ def validate(config: Config) -> Config:
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),
         ("loss.prior", loss.prior, PRIORS),
+        ("loss.implementation", loss.implementation, IMPLEMENTATIONS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),
     ):
         if value not in valid:
