@@ -62,6 +62,8 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
             this size.
     """
     if config.name == "resnet8":
+        if config.stem not in ("auto", "cifar"):
+            raise UsageError(f"model.stem={config.stem} is for ResNets with a plain 7x7 stem: use auto with resnet8")
         return ResNet8(config.width)
     import timm
 
