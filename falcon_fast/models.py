@@ -67,7 +67,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         return ResNet8(config.width)
     import timm
 
-    if not timm.is_model(config.name):
+    if not timm.is_model(config.name) or "." in config.name:  # a tag after a dot names weights, which are not loaded
         raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
     try:
         try:
