@@ -85,10 +85,9 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         raise UsageError(
             f"backbone {config.name!r} does not take {image_size} px images ({reason}): try another data.size"
         ) from None
-    if features.dim() != 2:
-        raise UsageError(
-            f"backbone {config.name!r} gives features of shape {tuple(features.shape)}, not one vector an image: choose another"
-        )
+    if not isinstance(features, torch.Tensor) or features.dim() != 2:
+        what = f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else "in several parts"
+        raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector an image: choose another")
     backbone.num_features = features.shape[1]
     return backbone.train()
 
