@@ -125,7 +125,7 @@ class FalconNetwork(nn.Module):
 def build_network(config: Config, image_size: int) -> FalconNetwork:
     """The network of a run at its initial weights, from `training.seed` alone; the caller's random state is untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+        torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would reseed the GPUs too
         backbone = build_backbone(config.model, image_size)
         loss = config.loss
         projector = FalconProjector(backbone.num_features, loss.embedding_dim, loss.activation, loss.temperature_batch)  # type: ignore[arg-type]
