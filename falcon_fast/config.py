@@ -190,7 +190,7 @@ def _checked(key: str, value: Any, kind: type) -> Any:
         return float(value)
     if type(value) is not kind:
         raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
-    if kind is str and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         # A file name that is no UTF-8 arrives with surrogates, which no TOML file can hold.
         raise UsageError(f"{key} must be UTF-8 text, not {value!r}: rename the folder or link to it")
     return value

@@ -88,7 +88,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
     if not isinstance(features, torch.Tensor) or features.dim() != 2:
         what = f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else "in several parts"
         raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector an image: choose another")
-    backbone.num_features = features.shape[1]
+    backbone.num_features = features.shape[1]  # type: ignore[assignment]
     return backbone.train()
 
 
