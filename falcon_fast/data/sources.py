@@ -136,7 +136,11 @@ def read_image(path: str) -> Image:
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = Image.fromarray(np.clip(np.asarray(upright) >> 8, 0, 255).astype(np.uint8))
+        if (
+            upright.mode == "P" and "transparency" in upright.info
+        ):  # from P straight to RGB Pillow warns, image by image
+            upright = upright.convert("RGBA")
         return upright.convert("RGB")
 
 
