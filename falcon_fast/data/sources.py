@@ -72,7 +72,7 @@ class ImageFiles:
         return read_image(self.paths[index])
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return shown(self.paths[index])
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,21 @@ def open_source(config: DataConfig) -> Source:
         return _digits(config.size or 16)
     if not config.path:
         raise UsageError(f"recipe source {config.source!r} needs --data PATH, the place of the images")
-    root = Path(config.path).expanduser()
-    if not root.exists():
-        raise UsageError(f"--data {root}: no such path")
-    if not root.is_dir():
-        raise UsageError(f"--data {root}: not a folder (unpack an archive first)")
-    return _cifar10(root, config.size or 32) if config.source == "cifar10" else _folder(root, config.size)
+    try:
+        root = Path(os.path.expanduser(config.path))  # noqa: PTH111  # Path's raises for a user that is not there
+        if not root.exists():
+            raise UsageError(f"--data {shown(root)}: no such path")
+        if not root.is_dir():
+            raise UsageError(f"--data {shown(root)}: not a folder (unpack an archive first)")
+        return _cifar10(root, config.size or 32) if config.source == "cifar10" else _folder(root, config.size)
+    except OSError as error:  # no permission, too long a name
+        raise UsageError(f"--data {shown(config.path)}: {error.strerror or error}") from None
+
+
+def shown(path: str | Path) -> str:
+    """A path as a message shows it: as it is, or quoted with escapes where it would break the line or the encoding."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
 
 
 def read_image(path: str) -> Image:
@@ -218,7 +227,9 @@ def _cifar10_original(root: Path, names: Sequence[str]) -> Split:
                 labels.append(np.asarray(batch[b"labels"]))
                 pixels.append(np.asarray(batch[b"data"], np.uint8))
         except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise UsageError(f"{path} is not a readable CIFAR-10 batch ({error}): unpack the archive again") from None
+            raise UsageError(
+                f"{shown(path)} is not a readable CIFAR-10 batch ({error}): unpack the archive again"
+            ) from None
     images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(ImageArray(np.ascontiguousarray(images)), np.concatenate(labels).astype(np.int64))
 
@@ -233,7 +244,7 @@ def _cifar10(root: Path, size: int) -> Source:
     source = _folder(root, size)
     if len(source.classes) != 10:
         raise UsageError(
-            f"--data {root} is not CIFAR-10: it needs data_batch_1 ... (original files), "
+            f"--data {shown(root)} is not CIFAR-10: it needs data_batch_1 ... (original files), "
             "or train/<class>/ and test/<class>/ folders of ten classes"
         )
     splits = []
@@ -244,7 +255,9 @@ def _cifar10(root: Path, size: int) -> Source:
                 pool.map(lambda i, images=split.images: np.asarray(images.image(i)), range(len(split.images)))
             )
         if any(array.shape != (32, 32, 3) for array in arrays):
-            raise UsageError(f"--data {root} is not CIFAR-10: its images are 32 x 32; for others use --recipe folder")
+            raise UsageError(
+                f"--data {shown(root)} is not CIFAR-10: its images are 32 x 32; for others use --recipe folder"
+            )
         splits.append(Split(ImageArray(np.stack(arrays)), split.labels))
     return _cifar10_source(splits[0], splits[1], source.classes, size)
 
@@ -312,9 +325,9 @@ def _folder(root: Path, size: int) -> Source:
             reason = (
                 f"none of its {len(scan.unreadable)} image files can be read" if scan.unreadable else "no image in it"
             )
-            raise UsageError(f"--data {place}: {reason} (looked for {' '.join(sorted(EXTENSIONS))})")
+            raise UsageError(f"--data {shown(str(place))}: {reason} (looked for {' '.join(sorted(EXTENSIONS))})")
     if len(scans[0].paths) < 2 and test_root is None:
-        raise UsageError(f"--data {root}: one image is not enough to train on and to hold one out")
+        raise UsageError(f"--data {shown(root)}: one image is not enough to train on and to hold one out")
 
     names = sorted(set(scans[0].classes))
     labelled = len(names) > 1 and "" not in names
@@ -330,7 +343,7 @@ def _folder(root: Path, size: int) -> Source:
     notes = []
     bad = [path for scan in scans for path in scan.unreadable]
     if bad:
-        notes.append(f"{len(bad)} files are not readable images and are left out, the first: {bad[0]}")
+        notes.append(f"{len(bad)} files are not readable images and are left out, the first: {shown(bad[0])}")
     if test_root is not None:
         train, test = split(scans[0]), split(scans[1])
     else:
