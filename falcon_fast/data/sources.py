@@ -164,14 +164,19 @@ def _fingerprint(parts: Iterable[bytes]) -> str:
 def held_out(labels: np.ndarray | None, n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """A fixed split of n images: sorted indices kept and held out, stratified by label where there are labels.
 
+    round(n fraction) are held out, at least one. Each label gives its share rounded down; what is then missing comes one by
+    one from the labels with the largest remainders, from labels with a single image last.
     The permutation is numpy's RandomState(0), whose stream never changes.
     """
     random = np.random.RandomState(0)  # the stream that numpy has frozen
     groups = [np.arange(n)] if labels is None else [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    out = [random.permutation(group)[: round(len(group) * fraction)] for group in groups]
-    chosen = np.sort(np.concatenate(out))
-    if len(chosen) == 0:  # a handful of images: still hold one out
-        chosen = np.array([n - 1])
+    shuffled = [random.permutation(group) for group in groups]
+    shares = np.array([round(len(group) * fraction, 9) for group in groups])
+    counts = np.floor(shares).astype(np.int64)
+    missing = max(1, round(n * fraction)) - counts.sum()
+    single = np.array([len(group) == 1 for group in groups])
+    counts[np.lexsort((-shares, counts - shares, single))[:missing]] += 1
+    chosen = np.sort(np.concatenate([group[:count] for group, count in zip(shuffled, counts, strict=True)]))
     return np.setdiff1d(np.arange(n), chosen), chosen
 
 
