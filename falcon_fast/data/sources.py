@@ -272,10 +272,18 @@ def _cifar10_source(train: Split, test: Split, classes: tuple[str, ...], size: i
     return Source(train, test, classes, size, CIFAR10_MEAN, CIFAR10_STD, _fingerprint(parts))
 
 
+def _leads_back(folder: Path) -> bool:
+    """Whether this is a link to a folder above it: following it would find the same images again, forty levels deep."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in folder.parents)
+
+
 def _image_paths(root: Path) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
         found += [Path(folder, f) for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
     return sorted(found)
 
