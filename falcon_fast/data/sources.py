@@ -281,8 +281,9 @@ def _leads_back(folder: Path) -> bool:
 
 
 def _image_paths(root: Path) -> list[Path]:
-    found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    found: list[Path] = []
+    # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
         found += [Path(folder, f) for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
     return sorted(found)
@@ -356,7 +357,12 @@ def _folder(root: Path, size: int) -> Source:
     notes = []
     bad = [path for scan in scans for path in scan.unreadable]
     if bad:
-        notes.append(f"{len(bad)} files are not readable images and are left out, the first: {shown(bad[0])}")
+        count = (
+            "1 file is no readable image and is"
+            if len(bad) == 1
+            else f"{len(bad)} files are no readable images and are"
+        )
+        notes.append(f"{count} left out, the first: {shown(bad[0])}")
     if test_root is not None:
         train, test = split(scans[0]), split(scans[1])
     else:
