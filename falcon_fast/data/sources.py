@@ -285,7 +285,7 @@ def _image_paths(root: Path) -> list[Path]:
     # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
     for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
-        found += [Path(folder, f) for f in files if Path(f).suffix.lower() in EXTENSIONS and not f.startswith(".")]
+        found.extend(Path(folder, f) for f in files if Path(f).suffix.lower() in EXTENSIONS and f[0] != ".")
     return sorted(found)
 
 
