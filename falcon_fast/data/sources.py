@@ -224,17 +224,21 @@ def _cifar10_original(root: Path, names: Sequence[str]) -> Split:
         try:
             if path.suffix == ".bin":
                 rows = np.fromfile(path, np.uint8).reshape(-1, 3073)
-                labels.append(rows[:, 0])
-                pixels.append(rows[:, 1:])
+                label, image = rows[:, 0], rows[:, 1:]
             else:
                 with path.open("rb") as file:
                     batch = _ArrayUnpickler(file, encoding="bytes").load()
-                labels.append(np.asarray(batch[b"labels"]))
-                pixels.append(np.asarray(batch[b"data"], np.uint8))
-        except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+                label, image = np.asarray(batch[b"labels"]), np.asarray(batch[b"data"])
+            if image.dtype != np.uint8 or image.shape != (len(label), 3072) or label.ndim != 1 or not len(label):
+                raise ValueError(f"{image.dtype} images of shape {image.shape} and {label.size} labels")
+            if not (np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() <= 9):
+                raise ValueError("labels beyond 0 to 9")
+        except Exception as error:  # a damaged pickle raises whatever its instructions run into
             raise UsageError(
                 f"{shown(path)} is not a readable CIFAR-10 batch ({error}): unpack the archive again"
             ) from None
+        labels.append(label)
+        pixels.append(image)
     images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(ImageArray(np.ascontiguousarray(images)), np.concatenate(labels).astype(np.int64))
 
