@@ -257,12 +257,16 @@ def _cifar10(root: Path, size: int) -> Source:
             "or train/<class>/ and test/<class>/ folders of ten classes"
         )
     splits = []
-    for split in (source.train, source.test):
-        # 60,000 files of 1 KB: decoded once (5 s), not once an epoch.
+    for split in (source.train, source.test):  # 60,000 files of 1 KB: decoded once (5 s), not once an epoch
+
+        def pixels(index: int, images: Images = split.images) -> np.ndarray:
+            try:
+                return np.asarray(images.image(index))
+            except Exception as error:  # Pillow raises whatever its decoders do
+                raise UsageError(f"{images.name(index)} cannot be decoded ({error}): mend or remove it") from None
+
         with ThreadPoolExecutor() as pool:
-            arrays = list(
-                pool.map(lambda i, images=split.images: np.asarray(images.image(i)), range(len(split.images)))
-            )
+            arrays = list(pool.map(pixels, range(len(split.images))))
         if any(array.shape != (32, 32, 3) for array in arrays):
             raise UsageError(
                 f"--data {shown(root)} is not CIFAR-10: its images are 32 x 32; for others use --recipe folder"
