@@ -272,12 +272,14 @@ def _cifar10(root: Path, size: int) -> Source:
                 f"--data {shown(root)} is not CIFAR-10: its images are 32 x 32; for others use --recipe folder"
             )
         splits.append(Split(ImageArray(np.stack(arrays)), split.labels))
-    return _cifar10_source(splits[0], splits[1], source.classes, size)
+    return _cifar10_source(splits[0], splits[1], source.classes, size, source.notes)
 
 
-def _cifar10_source(train: Split, test: Split, classes: tuple[str, ...], size: int) -> Source:
+def _cifar10_source(
+    train: Split, test: Split, classes: tuple[str, ...], size: int, notes: tuple[str, ...] = ()
+) -> Source:
     parts = [split.images.pixels.tobytes() for split in (train, test)]  # type: ignore[attr-defined]
-    return Source(train, test, classes, size, CIFAR10_MEAN, CIFAR10_STD, _fingerprint(parts))
+    return Source(train, test, classes, size, CIFAR10_MEAN, CIFAR10_STD, _fingerprint(parts), notes)
 
 
 def _leads_back(folder: Path) -> bool:
