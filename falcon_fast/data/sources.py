@@ -88,7 +88,8 @@ class Source:
     """A data set: two splits, class names (empty without labels), the side of a view, and what normalises it.
 
     `mean` and `std` are per channel, of pixels in [0, 1]. `notes` are lines that the user should see. `fingerprint` identifies
-    the data: a run resumes only on the same.
+    the data: a run resumes only on the same. Of arrays it is a hash of pixels and labels; of files, of their names and
+    dimensions alone, which takes no decoding and lets a run resume when a damaged file has been mended.
     """
 
     train: Split
@@ -279,6 +280,7 @@ def _cifar10_source(
     train: Split, test: Split, classes: tuple[str, ...], size: int, notes: tuple[str, ...] = ()
 ) -> Source:
     parts = [split.images.pixels.tobytes() for split in (train, test)]  # type: ignore[attr-defined]
+    parts += [split.labels.tobytes() for split in (train, test) if split.labels is not None]
     return Source(train, test, classes, size, CIFAR10_MEAN, CIFAR10_STD, _fingerprint(parts), notes)
 
 
@@ -320,20 +322,20 @@ def _sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
 class _Scan:
     paths: list[Path]
     classes: list[str]  # of each path: its first folder below the root, or "" for an image that lies in the root itself
-    short_sides: list[int]
+    sizes: list[tuple[int, int]]
     unreadable: list[Path]
 
 
 def _scan(root: Path) -> _Scan:
     paths = _image_paths(root)
     sizes = _sizes(paths)
-    readable = [(path, min(size)) for path, size in zip(paths, sizes, strict=True) if size is not None]
+    readable = [(path, size) for path, size in zip(paths, sizes, strict=True) if size is not None]
     kept = [path for path, _ in readable]
     relative = [path.relative_to(root).parts for path in kept]
     return _Scan(
         paths=kept,
         classes=[parts[0] if len(parts) > 1 else "" for parts in relative],
-        short_sides=[side for _, side in readable],
+        sizes=[size for _, size in readable],
         unreadable=[path for path, size in zip(paths, sizes, strict=True) if size is None],
     )
 
@@ -386,9 +388,13 @@ def _folder(root: Path, size: int) -> Source:
         train=train,
         test=test,
         classes=tuple(names) if labelled else (),
-        size=size or min(FOLDER_SIZE, int(np.median(scans[0].short_sides))),
+        size=size or min(FOLDER_SIZE, int(np.median([min(each) for each in scans[0].sizes]))),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        fingerprint=_fingerprint(os.fsencode(path.relative_to(root)) for scan in scans for path in scan.paths),
+        fingerprint=_fingerprint(
+            os.fsencode(f"{path.relative_to(root)}\0{width}x{height}")
+            for scan in scans
+            for path, (width, height) in zip(scan.paths, scan.sizes, strict=True)
+        ),
         notes=tuple(notes),
     )
