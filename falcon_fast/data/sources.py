@@ -359,7 +359,13 @@ def _folder(root: Path, size: int) -> Source:
     labelled = len(names) > 1 and "" not in names
     if labelled and len(scans) == 2 and not set(scans[1].classes) <= set(names):
         unknown = sorted(set(scans[1].classes) - set(names))
-        raise UsageError(f"--data {test_root}: class {unknown[0]!r} is not among those of {train_root}")
+        if not unknown[0]:
+            raise UsageError(
+                f"--data {shown(str(test_root))}: images outside class folders, which {shown(train_root)} has"
+            )
+        raise UsageError(
+            f"--data {shown(str(test_root))}: class {unknown[0]!r} is not among those of {shown(train_root)}"
+        )
 
     def split(scan: _Scan, indices: Sequence[int] | np.ndarray | None = None) -> Split:
         chosen = range(len(scan.paths)) if indices is None else indices
@@ -382,8 +388,14 @@ def _folder(root: Path, size: int) -> Source:
         kept, out = held_out(everything.labels, len(scans[0].paths), HELD_OUT)
         train, test = split(scans[0], kept), split(scans[0], out)
         notes.append(f"no test split: a fixed tenth, {len(out)} images, is held out")
+    if train_root is not root:
+        used = {train_root, test_root}
+        others = sorted(p.name for p in root.iterdir() if p.is_dir() and p not in used and not p.name.startswith("."))
+        if others:
+            notes.append(f"beside train/, left out: {', '.join(shown(name) for name in others)}")
     if not labelled:
-        notes.append("no class folders: trained and checked for collapse, but no probe, kNN or clustering figures")
+        why = "images outside the class folders" if len(names) > 1 else "no class folders"
+        notes.append(f"{why}: trained and checked for collapse, but no probe, kNN or clustering figures")
     return Source(
         train=train,
         test=test,
