@@ -356,6 +356,7 @@ def _folder(root: Path, size: int) -> Source:
         raise UsageError(f"--data {shown(root)}: one image is not enough to train on and to hold one out")
 
     names = sorted(set(scans[0].classes))
+    numbers = {name: number for number, name in enumerate(names)}
     labelled = len(names) > 1 and "" not in names
     if labelled and len(scans) == 2 and not set(scans[1].classes) <= set(names):
         unknown = sorted(set(scans[1].classes) - set(names))
@@ -369,7 +370,7 @@ def _folder(root: Path, size: int) -> Source:
 
     def split(scan: _Scan, indices: Sequence[int] | np.ndarray | None = None) -> Split:
         chosen = range(len(scan.paths)) if indices is None else indices
-        labels = np.array([names.index(scan.classes[i]) for i in chosen], np.int64) if labelled else None
+        labels = np.array([numbers[scan.classes[i]] for i in chosen], np.int64) if labelled else None
         return Split(ImageFiles(tuple(str(scan.paths[i]) for i in chosen)), labels)
 
     notes = []
