@@ -70,7 +70,8 @@ class _StepBatches(Dataset):
                 loaded.append(self.images.image(int(index)))
             except Exception as error:  # Pillow raises whatever its decoders do
                 return _Undecodable(
-                    f"{self.images.name(int(index))} cannot be decoded ({error}): mend or remove it, then --resume"
+                    f"{self.images.name(int(index))} cannot be decoded ({error}): "
+                    "mend it, then --resume; or remove it and start anew"
                 )
         crop = self.clock.augmentation.crop is not None
         views = _cropped(loaded, plan, self.clock, self.size) if crop else _warped(loaded, plan, self.clock, self.size)
