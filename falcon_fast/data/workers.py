@@ -220,6 +220,7 @@ def evaluation_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_stack,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
     )
     for item in loader:
