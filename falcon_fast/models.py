@@ -74,6 +74,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
             backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
         except TypeError:  # convolutional models take images of any size and no img_size
             backbone = timm.create_model(config.name, num_classes=0)
+        _check_patches(backbone, config.name, image_size)
         _set_stem(backbone, config.stem, image_size)
         backbone.eval()
         with torch.inference_mode():
@@ -90,6 +91,18 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector an image: choose another")
     backbone.num_features = features.shape[1]  # type: ignore[assignment]
     return backbone.train()
+
+
+def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
+    """timm cuts whole patches and leaves the rest of an image at its right and lower edge unseen, without a word."""
+    patch_size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    patch = patch_size[0] if isinstance(patch_size, tuple) else 1
+    if image_size % patch:
+        fitting = max(patch, image_size - image_size % patch)
+        raise UsageError(
+            f"backbone {name!r} cuts {patch} px patches, which {image_size} px images are no multiple of: "
+            f"set data.size={fitting}"
+        )
 
 
 def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
