@@ -198,7 +198,7 @@ def test_an_unknown_backbone_gives_the_nearest(name: str, near: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "zzzzqqq", "hf-hub:timm/resnet18", "/etc/passwd"])
 def test_a_name_far_from_all_gives_some_name(name: str) -> None:
-    with pytest.raises(UsageError, match="unknown backbone .* did you mean '"):
+    with pytest.raises(UsageError, match=r"unknown backbone .* did you mean '"):
         build_backbone(ModelConfig(name), 32)
 
 
