@@ -112,17 +112,18 @@ def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Ten
 
 
 def _fit(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, which is imported where it is used
-    """The image as evaluation sees it: short side resized, centre cropped."""
+    """The image as evaluation sees it: short side resized, centre cropped, to the pixel as torchvision's transforms do.
+
+    An image that has the size of a view already is taken as it is.
+    """
     from PIL import Image
 
     if image.size == (size, size):
         return image
     crop = EVALUATION_CROP if size >= EVALUATION_CROP_FROM else 1.0
-    scale = round(size / crop) / min(image.size)
-    resized = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    width, height = (round(size / crop) * side // min(image.size) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return resized.crop((left, top, left + size, top + size))
 
 
