@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
@@ -222,8 +224,6 @@ def test_no_steps_no_batches(split: Split) -> None:
 
 
 def test_affine_maps_need_no_workers_and_crops_take_the_cores() -> None:
-    import os
-
     assert auto_workers(AUGMENTATIONS["digits"]) == 0
     assert auto_workers(Augmentation("c", crop=CropRule())) == min(16, len(os.sched_getaffinity(0)))
 
@@ -269,6 +269,19 @@ def test_stopping_early_leaves_no_processes(split: Split) -> None:
     next(evaluated)
     assert len(multiprocessing.active_children()) == 2
     del evaluated
+    assert_no_workers_left()
+
+
+def test_an_interrupt_of_the_whole_terminal_leaves_the_workers_at_work(split: Split) -> None:
+    clock = Clock(0, 36, 6, CROPPED)
+    training = training_batches(split, clock, 8, range(40), CPU, workers=2)
+    evaluation = evaluation_batches(split, 8, CPU, batch_size=1, workers=2)
+    for batches, count in ((training, 40), (evaluation, 36)):
+        next(batches)
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGINT)
+        assert len(list(batches)) == count - 1
     assert_no_workers_left()
 
 
