@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels import loss_implementations
 from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
@@ -25,6 +26,7 @@ from falcon_fast.objective.projector import ACTIVATIONS
 SOURCES = ("digits", "cifar10", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+IMPLEMENTATIONS = ("auto", *dict.fromkeys((*loss_implementations("cpu"), *loss_implementations("cuda"))))
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 
@@ -34,7 +36,7 @@ class DataConfig:
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"
-    workers: int = -1  # processes that decode and crop; -1: none for arrays in memory, else one a core
+    workers: int = -1  # processes that decode and crop; -1: none for affine maps (digits), else one a core, up to 16
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,11 @@ SECTIONS: dict[str, type[Any]] = {name: kind for name, kind in get_type_hints(Co
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A phrase that helps someone who mistyped: the nearest valid name, or all of them when they are few."""
+    """A phrase that helps someone who mistyped: the nearest valid name, or all of them when none is near and they are few."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"choose one of {', '.join(valid)}" if len(valid) <= 12 else ""
+    few = len(valid) <= 12
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5 if few else 0.0)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(valid)}"
 
 
 def recipe_names() -> list[str]:
@@ -159,17 +160,19 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    return _from_tables(tables, where=str(path))
+    return validate(_from_tables(tables, where=str(path)))
 
 
 def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
     values: dict[str, Any] = {}
     for section, table in tables.items():
-        if section == "recipe" and isinstance(table, str):
-            values[section] = table
+        if section == "recipe":
+            values[section] = _checked("recipe", table, str)
             continue
-        if section not in SECTIONS or not isinstance(table, Mapping):
+        if section not in SECTIONS:
             raise UsageError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{where}: {section} must be a table, [{section}], not {table!r}")
         cls = SECTIONS[section]
         types = get_type_hints(cls)
         for key in table:
@@ -181,10 +184,15 @@ def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
 
 def _checked(key: str, value: Any, kind: type) -> Any:
     """`value` as a `kind`, or UsageError: an int passes for a float, nothing else for anything else."""
+    if type(value) is int and not -(2**63) <= value < 2**63:  # TOML's integers end there, and so do torch's seeds
+        raise UsageError(f"{key} must fit into 64 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        # A file name that is no UTF-8 arrives with surrogates, which no TOML file can hold.
+        raise UsageError(f"{key} must be UTF-8 text, not {value!r}: rename the folder or link to it")
     return value
 
 
@@ -237,6 +245,7 @@ def validate(config: Config) -> Config:
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),
         ("loss.prior", loss.prior, PRIORS),
+        ("loss.implementation", loss.implementation, IMPLEMENTATIONS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),
     ):
         if value not in valid:
@@ -262,6 +271,8 @@ def validate(config: Config) -> Config:
     ):
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
+    if not optimizer.lr > 0:  # the schedule is a multiple of it
+        raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:
         raise UsageError(f"optimizer.momentum must be in [0, 1), not {optimizer.momentum}")
     f, c = loss.embedding_dim, loss.num_codes
@@ -276,14 +287,15 @@ def validate(config: Config) -> Config:
     return config
 
 
+def _toml(value: str | int | float | bool) -> str:
+    """JSON's integers, booleans and finite floats are TOML's too, and so are its strings but for one: a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def dump_config(config: Config) -> str:
     """The whole tree as TOML text."""
-    lines = [f"recipe = {json.dumps(config.recipe)}"]
+    lines = [f"recipe = {_toml(config.recipe)}"]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]
-        # JSON's strings, integers, booleans and finite floats are TOML's too.
-        lines += [
-            f"{k} = {json.dumps(v, ensure_ascii=False)}"
-            for k, v in dataclasses.asdict(getattr(config, section)).items()
-        ]
+        lines += [f"{k} = {_toml(v)}" for k, v in dataclasses.asdict(getattr(config, section)).items()]
     return "\n".join(lines) + "\n"

@@ -62,16 +62,19 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
             this size.
     """
     if config.name == "resnet8":
+        if config.stem not in ("auto", "cifar"):
+            raise UsageError(f"model.stem={config.stem} is for ResNets with a plain 7x7 stem: use auto with resnet8")
         return ResNet8(config.width)
     import timm
 
-    if not timm.is_model(config.name):
+    if not timm.is_model(config.name) or "." in config.name:  # a tag after a dot names weights, which are not loaded
         raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
     try:
         try:
             backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
         except TypeError:  # convolutional models take images of any size and no img_size
             backbone = timm.create_model(config.name, num_classes=0)
+        _check_patches(backbone, config.name, image_size)
         _set_stem(backbone, config.stem, image_size)
         backbone.eval()
         with torch.inference_mode():
@@ -83,12 +86,23 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         raise UsageError(
             f"backbone {config.name!r} does not take {image_size} px images ({reason}): try another data.size"
         ) from None
-    if features.dim() != 2:
-        raise UsageError(
-            f"backbone {config.name!r} gives features of shape {tuple(features.shape)}, not one vector an image: choose another"
-        )
-    backbone.num_features = features.shape[1]
+    if not isinstance(features, torch.Tensor) or features.dim() != 2:
+        what = f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else "in several parts"
+        raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector an image: choose another")
+    backbone.num_features = features.shape[1]  # type: ignore[assignment]
     return backbone.train()
+
+
+def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
+    """timm cuts whole patches and leaves the rest of an image at its right and lower edge unseen, without a word."""
+    patch_size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    patch = patch_size[0] if isinstance(patch_size, tuple) else 1
+    if image_size % patch:
+        fitting = max(patch, image_size - image_size % patch)
+        raise UsageError(
+            f"backbone {name!r} cuts {patch} px patches, which {image_size} px images are no multiple of: "
+            f"set data.size={fitting}"
+        )
 
 
 def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
@@ -124,7 +138,7 @@ class FalconNetwork(nn.Module):
 def build_network(config: Config, image_size: int) -> FalconNetwork:
     """The network of a run at its initial weights, from `training.seed` alone; the caller's random state is untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+        torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would reseed the GPUs too
         backbone = build_backbone(config.model, image_size)
         loss = config.loss
         projector = FalconProjector(backbone.num_features, loss.embedding_dim, loss.activation, loss.temperature_batch)  # type: ignore[arg-type]

@@ -70,7 +70,8 @@ class _StepBatches(Dataset):
                 loaded.append(self.images.image(int(index)))
             except Exception as error:  # Pillow raises whatever its decoders do
                 return _Undecodable(
-                    f"{self.images.name(int(index))} cannot be decoded ({error}): mend or remove it, then --resume"
+                    f"{self.images.name(int(index))} cannot be decoded ({error}): "
+                    "mend it, then --resume; or remove it and start anew"
                 )
         crop = self.clock.augmentation.crop is not None
         views = _cropped(loaded, plan, self.clock, self.size) if crop else _warped(loaded, plan, self.clock, self.size)
@@ -111,17 +112,18 @@ def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Ten
 
 
 def _fit(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, which is imported where it is used
-    """The image as evaluation sees it: short side resized, centre cropped."""
+    """The image as evaluation sees it: short side resized, centre cropped, to the pixel as torchvision's transforms do.
+
+    An image that has the size of a view already is taken as it is.
+    """
     from PIL import Image
 
     if image.size == (size, size):
         return image
     crop = EVALUATION_CROP if size >= EVALUATION_CROP_FROM else 1.0
-    scale = round(size / crop) / min(image.size)
-    resized = image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    width, height = (round(size / crop) * side // min(image.size) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return resized.crop((left, top, left + size, top + size))
 
 
@@ -219,6 +221,7 @@ def evaluation_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_stack,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
     )
     for item in loader:
