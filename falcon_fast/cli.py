@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def train(
             overrides[key] = options[option]
     overrides |= dict(configuration.parse_assignment(text) for text in settings)
     if "data.path" in overrides:
-        overrides["data.path"] = str(Path(overrides["data.path"]).expanduser().absolute())
+        overrides["data.path"] = os.path.abspath(os.path.expanduser(overrides["data.path"]))
 
     if resume is not None:
         extra = sorted(set(overrides) - {"data.path", "data.workers", "training.device"})
@@ -82,7 +83,7 @@ def train(
         directory = run_dir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = configuration.validate(configuration.override(config, overrides))
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     run = trainer.prepare(config)
     if resume is not None:
         step, seconds = trainer.restore(run, directory)
@@ -142,7 +143,7 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     result = runs.evaluate(runs.load_trained(run, device), data, say=lambda line: console.print(line, soft_wrap=True))
     runs.write_json(run / "evaluation.json", result)
     for table in result_tables(result):

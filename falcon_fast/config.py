@@ -36,7 +36,9 @@ class DataConfig:
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"
-    workers: int = -1  # processes that decode and crop; -1: none for affine maps (digits), else one a core, up to 16
+    workers: int = (
+        -1
+    )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
 
 
 @dataclass(frozen=True)

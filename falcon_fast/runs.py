@@ -91,7 +91,7 @@ def evaluate(trained: Trained, data: str | None, say: Callable[[str], None]) -> 
     config = trained.config
     if data is not None:
         kind = "folder" if config.data.source == "digits" else config.data.source
-        path = str(Path(data).expanduser().absolute())
+        path = os.path.abspath(os.path.expanduser(data))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=kind, path=path))
     source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
     for note in source.notes:

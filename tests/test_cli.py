@@ -66,12 +66,12 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_a_run_prints_tables_and_verdicts(finished):
-    directory, out = finished
+    _, out = finished
     for piece in (
         "raw pixels",
-        "random initialisation",
+        "random weights",
         "trained by FALCON",
-        "linear probe",
+        "probe",
         "kNN",
         "verdict",
         "images/s",

@@ -29,7 +29,6 @@ def table(labels, clusters):
     return np.array([[((labels == y) & (clusters == z)).sum() for z in set(clusters)] for y in set(labels)])
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_nmi_is_twice_the_information_over_the_entropies(pair):
     labels, clusters = pair
@@ -39,7 +38,6 @@ def test_nmi_is_twice_the_information_over_the_entropies(pair):
     assert nmi(labels, clusters) == pytest.approx(expected, abs=1e-7)
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_ari_counts_pairs_of_images(pair):
     labels, clusters = pair
@@ -54,7 +52,7 @@ def test_ari_counts_pairs_of_images(pair):
     assert ari(labels, clusters) == pytest.approx(expected, abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(pairs)
 def test_hungarian_accuracy_is_the_best_matching(pair):
     labels, clusters = pair
@@ -66,7 +64,7 @@ def test_hungarian_accuracy_is_the_best_matching(pair):
     assert hungarian_accuracy(labels, clusters) == pytest.approx(best / len(labels))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(pairs, st.permutations(range(5)))
 def test_numbering_of_clusters_does_not_matter(pair, numbers):
     labels, clusters = pair

@@ -27,7 +27,7 @@ PINNED_RADEMACHER = "b06a1ad724a1183a"
 PINNED_HADAMARD = "012a245fcccd8d72"
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(f=st.integers(1, 100), c=st.integers(2, 60), seed=st.integers(0, 2**64 - 1))
 def test_layout_and_round_trip(f, c, seed):
     codes = RademacherCodes(f, c, seed)

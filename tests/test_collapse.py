@@ -173,7 +173,7 @@ def test_effective_rank_of_known_spectra():
     assert effective_rank(np.ones((30, 4))) == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.floats(1e-3, 1e3))
 def test_rank_and_share_do_not_depend_on_scale_or_rotation(seed, scale):
     rng = np.random.default_rng(seed)
@@ -212,7 +212,7 @@ def test_one_gaussian_has_no_clusters():
     assert -0.2 < cluster_spread(x, code) < 0.05
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.floats(1e-4, 1e4), st.integers(0, 100))
 def test_verdicts_do_not_depend_on_scale_or_numbering_of_codes(scale, seed):
     embeddings, code = clusters(12, 0.2, n=120, f=32, seed=seed)

@@ -17,7 +17,7 @@ def test_the_extension_is_built_where_there_is_a_compiler():
     assert kernels.cpu_extension is not None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 20), f=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
 def test_extension_and_torch_agree_bit_for_bit(rows, f, seed):
     signs = torch.from_numpy(np.random.RandomState(seed).rand(rows, f) < 0.5)

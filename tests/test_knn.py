@@ -34,7 +34,7 @@ def brute_force(train, train_labels, test, test_labels, k, temperature):
 
 
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 80), temperature=st.sampled_from([0.03, 0.07, 1.0]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_agrees_with_brute_force(seed, k, temperature):
     data = make(seed)
     assert weighted_knn(*data, k=k, temperature=temperature) == brute_force(*data, k, temperature)
@@ -76,7 +76,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
 
 
 @given(scale=st.floats(1e-6, 1e6), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_lengths_do_not_matter(scale, seed):
     train, train_labels, test, test_labels = make(seed)
     expected = weighted_knn(train, train_labels, test, test_labels)

@@ -92,7 +92,7 @@ def test_gradcheck(prior: str):
 cases = st.tuples(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 40), st.integers(2, 70))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(case=cases, prior=st.sampled_from(["reverse", "forward"]), scale=st.floats(0.01, 5))
 def test_properties(case, prior: str, scale: float):
     seed, n, f, c = case
@@ -116,7 +116,7 @@ def test_properties(case, prior: str, scale: float):
     assert out.prior >= -1e-12 and out.invariance >= -1e-12
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(case=cases, prior=st.sampled_from(["reverse", "forward"]))
 def test_gradients_of_the_logits(case, prior: str):
     """Each row of dL/dZ sums to zero, and a constant added to a row's logits changes nothing."""

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from falcon_fast.config import DataConfig
-from falcon_fast.data.sources import CIFAR10_CLASSES, Source, Split, held_out, open_source, read_image
+from falcon_fast.data.cifar10 import CIFAR10_CLASSES
+from falcon_fast.data.images import Source, Split, held_out, read_image
+from falcon_fast.data.sources import open_source
 from falcon_fast.errors import UsageError
 
 
@@ -122,7 +124,6 @@ def test_digits_take_no_path() -> None:
 # ---- the held-out tenth ----
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=200), st.booleans())
 def test_a_tenth_is_held_out_and_every_label_gives_its_share(values: list[int], labelled: bool) -> None:
     labels = np.array(values, np.int64) if labelled else None

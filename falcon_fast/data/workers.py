@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.augmentation import Augmentation
+from falcon_fast.data.images import Images, Split
 from falcon_fast.data.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
-from falcon_fast.data.sources import Images, Split
 from falcon_fast.errors import UsageError
 
 EVALUATION_CROP = 224 / 256  # of the short side, from this size up; smaller images are taken whole
@@ -43,10 +43,10 @@ class Batch(NamedTuple):
 
 
 def auto_workers(augmentation: Augmentation) -> int:
-    """How many worker processes suit this machine: none where a batch is one tensor operation, else a core each up to 16."""
+    """How many worker processes suit this machine: none where a batch is one tensor operation, else all cores but one."""
     if augmentation.affine is not None:
         return 0
-    return min(16, len(os.sched_getaffinity(0)))
+    return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 class _Undecodable(NamedTuple):

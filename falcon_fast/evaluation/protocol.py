@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from falcon_fast.config import Config
-from falcon_fast.data.sources import Source, Split
+from falcon_fast.data.images import Source, Split
 from falcon_fast.evaluation.clustering import ari, hungarian_accuracy, kmeans_nmi, nmi
 from falcon_fast.evaluation.collapse import collapse_checks
 from falcon_fast.evaluation.features import extract_assigned, extract_features, raw_pixels
@@ -72,7 +72,9 @@ def evaluate_network(
     seen = extract_assigned(network, codes, config.tau, test, source, device, workers)
     trained = dict(UNLABELLED) | {"nmi_codes": None, "ari_codes": None, "accuracy_codes": None}
     if labelled:
-        trained = scores(extract_features(network, train, source, device, workers), seen.features, train, test, k, device)
+        trained = scores(
+            extract_features(network, train, source, device, workers), seen.features, train, test, k, device
+        )
         assert test.labels is not None
         trained["nmi_codes"] = nmi(test.labels, seen.assignments)
         trained["ari_codes"] = ari(test.labels, seen.assignments)

@@ -20,9 +20,10 @@ from torch import nn
 from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm
 from falcon_fast.config import Config
 from falcon_fast.data.augmentation import Augmentation, augmentation
+from falcon_fast.data.images import Source
 from falcon_fast.data.photometric import augment
 from falcon_fast.data.sampling import Clock
-from falcon_fast.data.sources import Source, open_source
+from falcon_fast.data.sources import open_source
 from falcon_fast.data.workers import auto_workers, training_batches
 from falcon_fast.devices import find_device, mixed_precision
 from falcon_fast.errors import TrainingError, UsageError

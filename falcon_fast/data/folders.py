@@ -1,0 +1,148 @@
+"""Image folders: with or without class sub-folders, with or without splits of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from falcon_fast.data.images import ImageFiles, Source, Split, fingerprint, held_out, shown
+from falcon_fast.errors import UsageError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FOLDER_SIZE = 224
+HELD_OUT = 0.1  # of a folder that has no test split
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether this is a link to a folder above it: following it would find the same images again, forty levels deep."""
+    if not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    return any(parent.resolve().is_relative_to(target) for parent in folder.parents)
+
+
+def _image_paths(root: Path) -> list[Path]:
+    found: list[Path] = []
+    # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
+        found.extend(Path(folder, f) for f in files if Path(f).suffix.lower() in EXTENSIONS and f[0] != ".")
+    return sorted(found)
+
+
+def _sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
+    """(width, height) from each file's header, 40 to 70 microseconds each; None where it is not an image."""
+    from PIL import Image
+
+    def size(path: Path) -> tuple[int, int] | None:
+        try:
+            with Image.open(path) as image:
+                return image.size
+        except (
+            Exception
+        ):  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error, DecompressionBombError
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(size, paths, chunksize=256))
+
+
+@dataclass(frozen=True)
+class _Scan:
+    paths: list[Path]
+    classes: list[str]  # of each path: its first folder below the root, or "" for an image that lies in the root itself
+    sizes: list[tuple[int, int]]
+    unreadable: list[Path]
+
+
+def _scan(root: Path) -> _Scan:
+    paths = _image_paths(root)
+    sizes = _sizes(paths)
+    readable = [(path, size) for path, size in zip(paths, sizes, strict=True) if size is not None]
+    kept = [path for path, _ in readable]
+    relative = [path.relative_to(root).parts for path in kept]
+    return _Scan(
+        paths=kept,
+        classes=[parts[0] if len(parts) > 1 else "" for parts in relative],
+        sizes=[size for _, size in readable],
+        unreadable=[path for path, size in zip(paths, sizes, strict=True) if size is None],
+    )
+
+
+def open_folder(root: Path, size: int) -> Source:
+    train_root = root / "train" if (root / "train").is_dir() else root
+    test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
+    if train_root is root:
+        test_root = None  # `test` is then a class like any other
+    scans = [_scan(train_root)] + ([_scan(test_root)] if test_root else [])
+    for scan, place in zip(scans, (train_root, test_root), strict=False):
+        if not scan.paths:
+            reason = (
+                f"none of its {len(scan.unreadable)} image files can be read" if scan.unreadable else "no image in it"
+            )
+            raise UsageError(f"--data {shown(str(place))}: {reason} (looked for {' '.join(sorted(EXTENSIONS))})")
+    if len(scans[0].paths) < 2 and test_root is None:
+        raise UsageError(f"--data {shown(root)}: one image is not enough to train on and to hold one out")
+
+    names = sorted(set(scans[0].classes))
+    numbers = {name: number for number, name in enumerate(names)}
+    labelled = len(names) > 1 and "" not in names
+    if labelled and len(scans) == 2 and not set(scans[1].classes) <= set(names):
+        unknown = sorted(set(scans[1].classes) - set(names))
+        if not unknown[0]:
+            raise UsageError(
+                f"--data {shown(str(test_root))}: images outside class folders, which {shown(train_root)} has"
+            )
+        raise UsageError(
+            f"--data {shown(str(test_root))}: class {unknown[0]!r} is not among those of {shown(train_root)}"
+        )
+
+    def split(scan: _Scan, indices: Sequence[int] | np.ndarray | None = None) -> Split:
+        chosen = range(len(scan.paths)) if indices is None else indices
+        labels = np.array([numbers[scan.classes[i]] for i in chosen], np.int64) if labelled else None
+        return Split(ImageFiles(tuple(str(scan.paths[i]) for i in chosen)), labels)
+
+    notes = []
+    bad = [path for scan in scans for path in scan.unreadable]
+    if bad:
+        count = (
+            "1 file is no readable image and is"
+            if len(bad) == 1
+            else f"{len(bad)} files are no readable images and are"
+        )
+        notes.append(f"{count} left out, the first: {shown(bad[0])}")
+    if test_root is not None:
+        train, test = split(scans[0]), split(scans[1])
+    else:
+        everything = split(scans[0])
+        kept, out = held_out(everything.labels, len(scans[0].paths), HELD_OUT)
+        train, test = split(scans[0], kept), split(scans[0], out)
+        notes.append(f"no test split: a fixed tenth, {len(out)} images, is held out")
+    if train_root is not root:
+        used = {train_root, test_root}
+        others = sorted(p.name for p in root.iterdir() if p.is_dir() and p not in used and not p.name.startswith("."))
+        if others:
+            notes.append(f"beside train/, left out: {', '.join(shown(name) for name in others)}")
+    if not labelled:
+        why = "images outside the class folders" if len(names) > 1 else "no class folders"
+        notes.append(f"{why}: trained and checked for collapse, but no probe, kNN or clustering figures")
+    return Source(
+        train=train,
+        test=test,
+        classes=tuple(names) if labelled else (),
+        size=size or min(FOLDER_SIZE, int(np.median([min(each) for each in scans[0].sizes]))),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        fingerprint=fingerprint(
+            os.fsencode(f"{path.relative_to(root)}\0{width}x{height}")
+            for scan in scans
+            for path, (width, height) in zip(scan.paths, scan.sizes, strict=True)
+        ),
+        notes=tuple(notes),
+    )
