@@ -7,7 +7,6 @@ in PyTorch, with the same results. `falcon-fast info` says which.
 from __future__ import annotations
 
 import torch
-
 from falcon_fast.kernels.cpu.extension import cpu_extension
 
 __all__ = ["cpu_extension", "loss_implementations", "pack_signs", "unpack_signs"]

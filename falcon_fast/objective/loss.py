@@ -92,11 +92,11 @@ def falcon_loss(
         implementation = "cpu" if "cpu" in available and h1.dtype != torch.float64 else "reference"
     if implementation == "cpu":
         if h1.dtype == torch.float64:
-            raise ValueError("implementation 'cpu' computes in float32: choose auto or reference for float64 embeddings")
+            raise ValueError(
+                "implementation 'cpu' computes in float32: choose auto or reference for float64 embeddings"
+            )
         dictionary = Dictionary(codes.words, codes.f, codes.c, isinstance(codes, HadamardCodes))
-        return FalconLossOutput(
-            *cpu_loss(h1, h2, dictionary, Objective(tau, beta, prior, group), plan, memory_budget)
-        )
+        return FalconLossOutput(*cpu_loss(h1, h2, dictionary, Objective(tau, beta, prior, group), plan, memory_budget))
     if plan != "auto":
         raise ValueError(f"the reference has no plan {plan!r}: choose auto, or another implementation")
     return _reference(h1, h2, codes, tau, beta, prior, group, memory_budget)

@@ -30,6 +30,7 @@ const Level *const *levels() {
 
 namespace {
 
+constexpr std::size_t kRowBlock = 48; // a multiple of the register tile's 6 rows
 constexpr std::size_t kRowsTogether = 8; // whose embeddings stay in the second cache while a sweep goes over the codes
 
 std::size_t ceil_divide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
@@ -70,7 +71,9 @@ void dense_gradient(const Level &level, std::size_t threads, const Dense &dense,
     const void *a = dense.kind == kInt16 ? static_cast<const void *>(quantised.data()) : strip.z;
     // A panel is expanded once for each block of rows: large blocks, but a task for every thread.
     const std::size_t panels = features / level.panel;
-    const std::size_t blocks = std::min(ceil_divide(threads, panels), ceil_divide(rows, 48));
+    // Blocks end at multiples of kRowBlock rows, so that a row is always in a register tile of the same height: the
+    // compiler may round each height's last addition in its own way.
+    const std::size_t units = ceil_divide(rows, kRowBlock), blocks = std::min(ceil_divide(threads, panels), units);
     const std::size_t tasks = panels * blocks;
     threads = std::min(threads, tasks);
     std::vector<std::uint32_t> scratch(threads * kTile * kPanelMax);
@@ -79,8 +82,8 @@ void dense_gradient(const Level &level, std::size_t threads, const Dense &dense,
                                  dh, features, scratch.data() + index * kTile * kPanelMax};
         for (std::size_t task = tasks * index / count; task < tasks * (index + 1) / count; ++task) {
             const std::size_t panel = task / blocks, block = task % blocks;
-            level.gradient_product[dense.kind](product, panel, panel + 1, rows * block / blocks,
-                                               rows * (block + 1) / blocks);
+            level.gradient_product[dense.kind](product, panel, panel + 1, units * block / blocks * kRowBlock,
+                                               std::min(rows, units * (block + 1) / blocks * kRowBlock));
         }
     });
 }
