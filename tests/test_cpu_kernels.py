@@ -331,6 +331,16 @@ def test_the_extension_refuses_what_does_not_fit():
             wrong()
 
 
+@pytest.mark.parametrize("codes", [RademacherCodes(64, 130), HadamardCodes(64, 64)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_comes_through(level, codes, bad):
+    """A diverged network sees it in its loss, as with the reference, and nothing crashes."""
+    h1, h2 = embeddings(12, 3, 64)
+    h1[1, 5] = bad
+    out, _ = evaluate(h1, h2, codes, 2.0, implementation="cpu")
+    assert math.isnan(out.loss.item())
+
+
 def test_the_door(level):
     h1, h2 = embeddings(11, 4, 64)
     codes, blocks = RademacherCodes(64, 256), HadamardCodes(64, 256)
@@ -348,4 +358,4 @@ def test_the_door(level):
     torch.testing.assert_close(
         falcon_loss(strided[..., 0], strided[..., 1], codes, 1.0), falcon_loss(h1, h2, codes, 1.0), rtol=0, atol=0
     )
-    assert math.isfinite(falcon_loss(h1, h2, codes, 1.0).loss)
+    assert math.isfinite(falcon_loss(h1, h2, codes, 1.0).loss.item())

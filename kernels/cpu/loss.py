@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, sweeps_for
@@ -67,13 +68,16 @@ def loss_and_gradient(
     if with_gradient:
         gradient = sweeps.gradient(terms, columns, objective.beta, 1 / (2 * n * objective.tau))
     values = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
-    return (*values, _count_used(arguments.long().flatten(), c, objective.group), gradient)
+    return (*values, _count_used(arguments.long().flatten().clamp(max=c - 1), c, objective.group), gradient)
 
 
 class _CpuLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h1: torch.Tensor, h2: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
-        h = torch.stack((h1.float(), h2.float()))
+        # By numpy here and below: after an operation in parallel torch's threads spin for a while beside those of the sweeps.
+        h = torch.empty(2, *h1.shape)
+        for view, x in enumerate((h1, h2)):
+            np.copyto(h[view].numpy(), x.float().numpy())
         *outputs, gradient = loss_and_gradient(h, *settings)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.gradient, ctx.dtype = gradient, h1.dtype
@@ -82,7 +86,8 @@ class _CpuLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        g1, g2 = ((grad_loss * g).to(ctx.dtype) for g in ctx.gradient)
+        scaled = torch.from_numpy(ctx.gradient.numpy() * np.float32(grad_loss.item()))
+        g1, g2 = scaled.to(ctx.dtype)
         return g1, g2, None, None, None, None, None
 
 

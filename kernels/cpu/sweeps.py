@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from falcon_fast.kernels.cpu import fallback
@@ -205,7 +206,7 @@ class _Hadamard:
     def __init__(self, h: torch.Tensor, tau: float, dictionary: Dictionary, plan: Plan, threads: int) -> None:
         self.ops, self.threads = Compiled(cpu_extension), threads
         self.c = dictionary.c
-        self.arguments = (h / tau, dictionary.words.contiguous(), plan.width)
+        self.arguments = (torch.from_numpy(h.numpy() * np.float32(1 / tau)), dictionary.words.contiguous(), plan.width)
 
     def rows(self, state: torch.Tensor) -> None:
         self.ops.hadamard_rows(*self.arguments, state, self.threads)
@@ -238,14 +239,14 @@ def sweeps_for(
     """The sweeps for embeddings h (2, N, f). Raises ValueError where the plan or the budget does not fit."""
     _, n, f = h.shape
     c, threads = dictionary.c, torch.get_num_threads()
+    if dictionary.hadamard and plan == "stored":
+        raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
     if dictionary.hadamard and f < SMALLEST_FWHT and cpu_extension is not None:
         dictionary = Dictionary(fallback.dense_hadamard(dictionary.words, f, c), f, c, False)
     if not dictionary.hadamard:
         chosen = dense_plan(n, f, c, plan, memory_budget)
         kind = _DenseInTorch if cpu_extension is None else _Dense
         return _Strips(kind(h, tau, dictionary, threads), n, c, chosen, threads)
-    if plan == "stored":
-        raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
     chosen = hadamard_plan(n, f, c, memory_budget)
     if cpu_extension is None:
         return _Strips(_HadamardInTorch(h, tau, dictionary, threads), n, c, chosen, threads)
