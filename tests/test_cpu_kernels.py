@@ -10,7 +10,7 @@ import pytest
 import torch
 from falcon_fast.kernels import cpu_extension
 from falcon_fast.kernels.cpu import sweeps
-from falcon_fast.kernels.cpu.plan import dense_plan, hadamard_plan
+from falcon_fast.kernels.cpu.plan import dense_plan, hadamard_plan, own_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +160,8 @@ def test_strips_make_no_difference(level):
 @needs_extension
 @pytest.mark.parametrize(("kind", "n", "f", "c"), SHAPES)
 def test_one_thread_and_many_are_bit_equal(kind, n, f, c):
+    if kind is RademacherCodes and not own_products():
+        pytest.skip("torch's own product, which promises no such thing")
     h1, h2 = embeddings(4, n, f)
     codes, tau = kind(f, c, 5), temperature(f, c, min(n, f))
     before = torch.get_num_threads()
@@ -268,7 +270,7 @@ def test_memory_stays_within_the_plan(level):
                 peak = max(peak, held)
         bound = dense_plan(n, f, c, plan, None).peak
         assert peak <= bound, (plan, peak / 2**20, bound / 2**20)
-        if plan == "streaming" and level != "torch":
+        if plan == "streaming" and own_products():
             assert bound < 2 * n * c * 2
 
 

@@ -11,8 +11,9 @@ With y_v = Z_v - max_j Z_v (row by row), s_v = sum_j exp(y_v) and P_v = exp(y_v 
 
 The gradient is formed in the forward pass, kept in float32 and multiplied by the loss's own gradient in the backward pass.
 Where the extension is built the sweeps run in C++ (level.hpp), otherwise in PyTorch (fallback.py), strip by strip of codes.
-A dense product takes the embeddings and dZ as 16-bit fixed point (rows, or rows of 128 codes, to one scale; the codes are
--1 and +1 and the sums exact) where the processor has such an instruction and the rounding cannot be felt, else as float32.
+With AVX-512 VNNI a dense product takes the embeddings and dZ as 16-bit fixed point (rows, or rows of 128 codes, to one
+scale; the codes are -1 and +1 and the sums exact), or as float32 where the rounding could be felt; otherwise it is torch's.
+Results are the same bits for any number of threads, where the product is not torch's.
 """
 
 from __future__ import annotations

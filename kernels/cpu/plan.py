@@ -14,6 +14,11 @@ WIDEST_STRIP = 4096
 HADAMARD_SEGMENT = 2048  # a row's logits of both views are 16 KiB: first cache
 
 
+def own_products() -> bool:
+    """Whether dense dictionaries go through the extension's products, from packed codes, rather than torch's."""
+    return cpu_extension is not None and bool(cpu_extension.fast_int16())
+
+
 def padded(c: int) -> int:
     """`c` up to a multiple of TILE."""
     return -(-c // TILE) * TILE
@@ -37,7 +42,7 @@ def dense_plan(n: int, f: int, c: int, plan: str, memory_budget: int | None) -> 
     padded_f, padded_c = -(-f // 64) * 64, padded(c)
     fixed = 2 * n * padded_f * (4 + 4 + 4) + 2 * padded_c * 4 * 4 + 2 * n * 200
     per_code = 2 * n * (4 + 2)
-    if cpu_extension is None:  # unpacked codes, and the temporaries of eager arithmetic
+    if not own_products():  # unpacked codes, and the temporaries of eager arithmetic
         per_code = 2 * n * 4 * 8 + 2 * f * 4 + f * 8
     copy = 2 * n * (2 * padded_c + padded_c // TILE * 8)
     width = min(WIDEST_STRIP, padded_c, max(4 * TILE, STRIP_BYTES // (8 * n) // TILE * TILE))
