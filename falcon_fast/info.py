@@ -35,7 +35,7 @@ def report() -> Iterator[str]:
         precision = "float32" if dtype is None else "bfloat16"
         yield f"{kind}: loss {', '.join(loss_implementations(kind))}; --amp trains in {precision}"
     built = (
-        "built"
+        f"built, running {cpu_extension.level()}"
         if cpu_extension
         else "not built (no C++ compiler at installation): PyTorch does their work, more slowly"
     )

@@ -6,23 +6,15 @@ in PyTorch, with the same results. `falcon-fast info` says which.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
-
-cpu_extension: ModuleType | None
-try:
-    from falcon_fast.kernels import _cpu as cpu_extension
-except ImportError:
-    cpu_extension = None
+from falcon_fast.kernels.cpu.extension import cpu_extension
 
 __all__ = ["cpu_extension", "loss_implementations", "pack_signs", "unpack_signs"]
 
 
 def loss_implementations(device_type: str) -> tuple[str, ...]:
     """The names `falcon_loss(implementation=...)` accepts for tensors on `device_type`, fastest first."""
-    del device_type  # the reference serves every device; the fused kernels will not
-    return ("reference",)
+    return ("cpu", "reference") if device_type == "cpu" else ("reference",)
 
 
 def pack_signs(signs: torch.Tensor) -> torch.Tensor:

@@ -39,14 +39,22 @@ def test_terms_are_unweighted_and_codes_used_counts_both_views():
     torch.testing.assert_close(alone.loss, out.prior)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_only_the_loss_carries_gradient(case, implementation):
+    h1, h2, codes, tau = case
+    out = falcon_loss(h1.requires_grad_(), h2, codes, tau, implementation=implementation)
+    assert [x.requires_grad for x in out] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(case, dtype):
+def test_half_precision_is_computed_in_float32(case, dtype, implementation):
     h1, h2, codes, tau = case
     a, b = h1.to(dtype).requires_grad_(), h2.to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = falcon_loss(a, b, codes, tau)
+        out = falcon_loss(a, b, codes, tau, implementation=implementation)
     assert out.loss.dtype == torch.float32
-    assert torch.equal(out.loss, falcon_loss(a.float(), b.float(), codes, tau).loss)
+    assert torch.equal(out.loss, falcon_loss(a.float(), b.float(), codes, tau, implementation=implementation).loss)
     out.loss.backward()
     assert a.grad is not None and a.grad.dtype == dtype
 
@@ -55,7 +63,7 @@ def test_hadamard_codes_go_through_the_same_door(case):
     h1, h2, _, tau = case
     codes = HadamardCodes(32, 64, seed=2)
     same = RademacherCodes.from_dense(codes.dense())
-    torch.testing.assert_close(falcon_loss(h1, h2, codes, tau), falcon_loss(h1, h2, same, tau))
+    torch.testing.assert_close(falcon_loss(h1, h2, codes, tau), falcon_loss(h1, h2, same, tau), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +83,10 @@ def test_hadamard_codes_go_through_the_same_door(case):
         (lambda h1, h2, codes: falcon_loss(h1, h2, codes, 1.0, plan="magic"), "plan"),
         (lambda h1, h2, codes: falcon_loss(h1, h2, codes, 1.0, implementation="magic"), "reference"),
         (lambda h1, h2, codes: falcon_loss(h1, h2, codes, 1.0, memory_budget=1000), "budget"),
+        (
+            lambda h1, h2, codes: falcon_loss(h1, h2, codes, 1.0, memory_budget=1000, implementation="reference"),
+            "budget",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(case, change, word):
@@ -89,11 +101,11 @@ def _rank_gradient(rank: int, world: int, store: str, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     results = []
-    for prior in ("reverse", "forward"):
-        h1, h2, codes = _global_case()
+    for dtype, codes, options in GROUP_CASES:
+        h1, h2 = _global_case()
         share = slice(rank * 4, rank * 4 + 4)
-        a, b = h1[share].clone().requires_grad_(), h2[share].clone().requires_grad_()
-        out = falcon_loss(a, b, codes, 1.3, beta=0.7, prior=prior, group=dist.group.WORLD)
+        a, b = (h[share].to(dtype).requires_grad_() for h in (h1, h2))
+        out = falcon_loss(a, b, codes(), 1.3, beta=0.7, group=dist.group.WORLD, **options)
         results.append(
             (out.prior.item(), out.codes_used.item(), *(g.numpy() for g in torch.autograd.grad(out.loss, (a, b))))
         )
@@ -104,8 +116,29 @@ def _rank_gradient(rank: int, world: int, store: str, queue) -> None:
 
 def _global_case():
     generator = torch.Generator().manual_seed(3)
-    h1, h2 = (torch.randn(8, 24, generator=generator, dtype=torch.float64).tanh() for _ in range(2))
-    return h1, h2, RademacherCodes(24, 50)
+    h1, h2 = (torch.randn(8, 32, generator=generator, dtype=torch.float64).tanh() for _ in range(2))
+    return h1, h2
+
+
+def _rademacher():
+    return RademacherCodes(32, 1500)
+
+
+def _hadamard():
+    return HadamardCodes(32, 160)
+
+
+# In float64 the reference, in float32 the CPU's kernels.
+GROUP_CASES = [
+    (dtype, codes, {"prior": prior} | plan)
+    for prior in ("reverse", "forward")
+    for dtype, codes, plan in (
+        (torch.float64, _rademacher, {}),
+        (torch.float32, _rademacher, {"plan": "stored"}),
+        (torch.float32, _rademacher, {"plan": "streaming"}),
+        (torch.float32, _hadamard, {}),
+    )
+]
 
 
 def test_a_process_group_shares_the_mean_assignment(tmp_path):
@@ -119,16 +152,17 @@ def test_a_process_group_shares_the_mean_assignment(tmp_path):
     found = dict(queue.get() for _ in processes)
     for process in processes:
         process.join(60)
-    h1, h2, codes = _global_case()
-    for case, prior in enumerate(("reverse", "forward")):
+    h1, h2 = _global_case()
+    for case, (dtype, codes, options) in enumerate(GROUP_CASES):
         a, b = h1.clone().requires_grad_(), h2.clone().requires_grad_()
-        out = falcon_loss(a, b, codes, 1.3, beta=0.7, prior=prior)
+        out = falcon_loss(a, b, codes(), 1.3, beta=0.7, prior=options["prior"], implementation="reference")
         expected = torch.autograd.grad(out.loss, (a, b))
+        exact = dtype == torch.float64
         for rank in range(2):
             value, used, *gradients = found[rank][case]
-            assert value == pytest.approx(out.prior.item(), rel=1e-12)
+            assert value == pytest.approx(out.prior.item(), rel=1e-12 if exact else 1e-4)
             assert used == out.codes_used.item()
             for mine, whole in zip(gradients, expected, strict=True):
                 # Mean over processes of per-row gradients that live in different processes: half of each.
                 share = whole[rank * 4 : rank * 4 + 4]
-                torch.testing.assert_close(torch.from_numpy(mine) / 2, share, rtol=1e-9, atol=1e-12)
+                assert (torch.from_numpy(mine) / 2 - share).norm() <= (1e-9 if exact else 1e-3) * share.norm()

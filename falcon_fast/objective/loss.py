@@ -10,18 +10,19 @@ import torch.distributed as dist
 from torch import nn
 
 from falcon_fast.kernels import loss_implementations
-from falcon_fast.objective.codes import Codes
+from falcon_fast.kernels.cpu.loss import Dictionary, Objective, cpu_loss
+from falcon_fast.objective.codes import Codes, HadamardCodes
 from falcon_fast.objective.reference import PEAK_COPIES, reference_loss
 
 PRIORS = ("reverse", "forward")
-PLANS = ("auto",)
+PLANS = ("auto", "stored", "streaming")
 
 
 class FalconLossOutput(NamedTuple):
     """What `falcon_loss` returns: 0-d tensors on the device of the embeddings.
 
     Attributes:
-        loss: prior + beta * invariance, differentiable; the others are for reading and carry gradient too.
+        loss: prior + beta * invariance, differentiable (once); the others are for reading and carry no gradient.
         prior: divergence of the mean assignment from uniform, mean of the two views.
         invariance: cross-entropy between the views' assignments, mean of both directions, not weighted by beta.
         codes_used: int64, the number of distinct codes that are some row's argmax in either view.
@@ -58,9 +59,13 @@ def falcon_loss(
         group: None for this process alone. With a process group the mean assignment and the codes in use are over the group,
             every process bringing N rows; the gradient is then right after the usual mean over processes.
         implementation: `auto`, the fastest for the device; or a name, as `falcon-fast info` lists them. `reference` is
-            the eager mathematics.
-        plan: how a fused implementation treats the N x c logits; `auto` leaves it to the planner. The reference has no other.
-        memory_budget: bytes beyond inputs and dictionary that forward and backward may hold at their peak; None: no limit.
+            the eager mathematics; `cpu`, which `auto` takes for CPU embeddings of at most 32 bits, forms the gradient in the
+            forward pass and never holds the N x c matrices (`kernels/cpu/loss.py`).
+        plan: what `cpu` does with the N x c logits of a dense dictionary: `stored` keeps them once, in 2 bytes; `streaming` forms
+            them anew in each of three sweeps (twice the arithmetic, no N x c memory at all); `auto` stores where the budget
+            allows. Hadamard codes are always streamed. The reference takes `auto` only.
+        memory_budget: bytes beyond inputs and dictionary that forward and backward may hold at their peak. None: no limit, and
+            `auto` stores the logits where all together takes at most 256 MiB.
 
     Returns:
         FalconLossOutput(loss, prior, invariance, codes_used).
@@ -83,6 +88,30 @@ def falcon_loss(
             f"implementation {implementation!r} does not run here: choose auto or one of {', '.join(available)}"
         )
 
+    if implementation == "auto":
+        implementation = "cpu" if "cpu" in available and h1.dtype != torch.float64 else "reference"
+    if implementation == "cpu":
+        if h1.dtype == torch.float64:
+            raise ValueError(
+                "implementation 'cpu' computes in float32: choose auto or reference for float64 embeddings"
+            )
+        dictionary = Dictionary(codes.words, codes.f, codes.c, isinstance(codes, HadamardCodes))
+        return FalconLossOutput(*cpu_loss(h1, h2, dictionary, Objective(tau, beta, prior, group), plan, memory_budget))
+    if plan != "auto":
+        raise ValueError(f"the reference has no plan {plan!r}: choose auto, or another implementation")
+    return _reference(h1, h2, codes, tau, beta, prior, group, memory_budget)
+
+
+def _reference(
+    h1: torch.Tensor,
+    h2: torch.Tensor,
+    codes: Codes,
+    tau: float,
+    beta: float,
+    prior: str,
+    group: dist.ProcessGroup | None,
+    memory_budget: int | None,
+) -> FalconLossOutput:
     dtype = h1.dtype if h1.dtype in (torch.float32, torch.float64) else torch.float32
     peak = PEAK_COPIES * h1.shape[0] * codes.c * dtype.itemsize
     if memory_budget is not None and peak > memory_budget:
@@ -91,9 +120,8 @@ def falcon_loss(
             f"over the budget of {memory_budget / 2**20:.0f} MiB: raise it, or lower the batch or the number of codes"
         )
     with torch.autocast(h1.device.type, enabled=False):  # logits reach ln(1/epsilon) sqrt(n): no half-precision product
-        return FalconLossOutput(
-            *reference_loss(h1.to(dtype), h2.to(dtype), codes.dense(dtype), tau, beta, prior, group)
-        )
+        loss, *readings = reference_loss(h1.to(dtype), h2.to(dtype), codes.dense(dtype), tau, beta, prior, group)
+    return FalconLossOutput(loss, *(reading.detach() for reading in readings))
 
 
 def _check_embeddings(h1: torch.Tensor, h2: torch.Tensor, codes: Codes) -> None:

@@ -1,0 +1,94 @@
+"""How benchmarks measure: interleaved runs and their medians, the peak of memory, one table and one JSON file a module."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each function, one after the other in every round, so that all see the same machine.
+
+    Each runs twice and the second is timed: the first pays for returning its predecessor's memory to the system (8 ms of a step
+    of 7 ms after one of eager's) and for its own first touch of new pages, as a training step does not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            function()
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def extra_peak_memory(function: Callable[[], object]) -> int | None:
+    """Bytes of resident memory that `function` adds at its peak, its freed scratch included; None where Linux does not tell."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        gc.collect()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
+        before = _status("VmHWM")
+        function()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+class Table:
+    """Rows of one benchmark file, printed when it is done and written as JSON with --benchmark-write."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, **row: object) -> None:
+        self.rows.append(row)
+
+    def lines(self) -> Iterator[str]:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        cells = [[self._text(row.get(column)) for column in columns] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        for line in (columns, *cells):
+            yield "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+
+    @staticmethod
+    def _text(value: object) -> str:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    table = Table()
+    yield table
+    machine = {
+        "machine": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
+        print("\n".join(table.lines()))
+    if request.config.getoption("--benchmark-write"):
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{Path(request.path).stem}.json"
+        path.write_text(json.dumps(machine | {"rows": table.rows}, indent=1) + "\n")

@@ -1,0 +1,30 @@
+"""The compiled C++ module, and how tensors reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+cpu_extension: ModuleType | None
+try:
+    from falcon_fast.kernels import _cpu as cpu_extension
+except ImportError:
+    cpu_extension = None
+
+
+class Compiled:
+    """The functions of the extension, taking tensors: they share their memory with the arrays that C++ sees."""
+
+    def __init__(self, module: ModuleType | None) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name)
+
+        def call(*arguments: Any) -> Any:
+            return function(*(x.numpy() if isinstance(x, torch.Tensor) else x for x in arguments))
+
+        return call

@@ -1,0 +1,76 @@
+"""What the loss on the CPU holds in memory: how wide its strips of codes are, and whether the logits stay, from a budget."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from falcon_fast.kernels.cpu.extension import cpu_extension
+
+DEFAULT_BUDGET = 256 * 2**20
+TILE = 128  # codes under one maximum; strips are multiples of it
+STRIP_BYTES = 4 * 2**20  # both views' float32 logits of one strip: stays in the last cache
+WIDEST_STRIP = 4096
+HADAMARD_SEGMENT = 2048  # a row's logits of both views are 16 KiB: first cache
+
+
+def own_products() -> bool:
+    """Whether dense dictionaries go through the extension's products, from packed codes, rather than torch's."""
+    return cpu_extension is not None and bool(cpu_extension.fast_int16())
+
+
+def padded(c: int) -> int:
+    """`c` up to a multiple of TILE."""
+    return -(-c // TILE) * TILE
+
+
+class Plan(NamedTuple):
+    """How the dense sweeps treat the logits: kept in 2 bytes or formed anew, `width` codes at a time; peak memory in bytes."""
+
+    stored: bool
+    width: int
+    peak: int
+
+
+def dense_plan(n: int, f: int, c: int, plan: str, memory_budget: int | None) -> Plan:
+    """The plan for `n` rows, within `memory_budget` bytes beyond inputs and dictionary (None: 256 MiB where it can be kept).
+
+    Depends on nothing that differs between the processes of a group (which reduce strip by strip), with the number of
+    threads (each of which has 128 KiB of scratch besides) or after a resume. Raises ValueError where the budget cannot be kept.
+    """
+    budget = memory_budget if memory_budget is not None else DEFAULT_BUDGET if plan != "stored" else math.inf
+    padded_f, padded_c = -(-f // 64) * 64, padded(c)
+    fixed = 2 * n * padded_f * (4 + 4 + 4) + 2 * padded_c * 4 * 4 + 2 * n * 200
+    per_code = 2 * n * (4 + 2)
+    if not own_products():  # unpacked codes, and the temporaries of eager arithmetic
+        per_code = 2 * n * 4 * 8 + 2 * f * 4 + f * 8
+    copy = 2 * n * (2 * padded_c + padded_c // TILE * 8)
+    width = min(WIDEST_STRIP, padded_c, max(4 * TILE, STRIP_BYTES // (8 * n) // TILE * TILE))
+
+    stored = plan == "stored" or (plan == "auto" and fixed + copy + per_code * width <= budget)
+    held = fixed + (copy if stored else 0)
+    if held + per_code * width > budget:
+        width = max(TILE, int(budget - held) // per_code // TILE * TILE)
+    peak = held + per_code * width
+    _check_budget("the stored plan" if stored else "the loss", peak, n, f, c, memory_budget)
+    return Plan(stored, width, peak)
+
+
+def hadamard_plan(n: int, f: int, c: int, memory_budget: int | None) -> Plan:
+    """The plan for Hadamard codes: streaming always, `width` a multiple of f. Raises ValueError like `dense_plan`."""
+    width = max(HADAMARD_SEGMENT, f)
+    per_code = 2 * n * 4
+    if cpu_extension is None:
+        width = max(width, STRIP_BYTES // (8 * n) // width * width)
+        per_code *= 8  # the temporaries of eager arithmetic
+    peak = 2 * n * (12 * f + 200) + per_code * width + 2 * padded(c) * 16
+    _check_budget("the loss", peak, n, f, c, memory_budget)
+    return Plan(False, width, peak)
+
+
+def _check_budget(what: str, peak: int, n: int, f: int, c: int, memory_budget: int | None) -> None:
+    if memory_budget is not None and peak > memory_budget:
+        raise ValueError(
+            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
+            f"{memory_budget / 2**20:.1f} MiB: raise it, or lower the batch or the number of codes"
+        )
