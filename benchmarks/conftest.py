@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from falcon_fast.info import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -80,7 +82,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     table = Table()
     yield table
     machine = {
-        "machine": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "machine": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
