@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 
-cpu_extension: ModuleType | None
 try:
-    from falcon_fast.kernels import _cpu as cpu_extension
+    cpu_extension: ModuleType | None = import_module("falcon_fast.kernels._cpu")
 except ImportError:
     cpu_extension = None
 

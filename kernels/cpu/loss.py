@@ -68,8 +68,9 @@ def loss_and_gradient(
     gradient = None
     if with_gradient:
         gradient = sweeps.gradient(terms, columns, objective.beta, 1 / (2 * n * objective.tau))
-    values = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
-    return (*values, _count_used(arguments.long().flatten().clamp(max=c - 1), c, objective.group), gradient)
+    loss, prior, invariance = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
+    used = _count_used(arguments.long().flatten().clamp(max=c - 1), c, objective.group)
+    return loss, prior, invariance, used, gradient
 
 
 class _CpuLoss(torch.autograd.Function):
