@@ -22,7 +22,7 @@ def result(probe):
 
 def text(tables) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=80)
+    console = Console(file=out, width=80, markup=False)  # as the command line's, which prints paths
     for table in tables:
         console.print(table)
     return out.getvalue()
@@ -35,6 +35,8 @@ def test_tables_hold_three_rows_and_a_verdict_each():
     for piece in ("raw pixels", "random weights", "trained by FALCON", "0.875", "21"):
         assert piece in shown
     assert shown.count("COLLAPSED") == 1 and shown.count(" ok ") == 3
+    assert "green" not in shown and max(map(len, shown.splitlines())) <= 80
+    assert len(shown.splitlines()) == 19  # nothing wrapped
 
 
 def test_without_labels_only_the_collapse_checks():

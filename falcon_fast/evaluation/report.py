@@ -24,6 +24,7 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
     """The figures of `result.json` as two rich tables: the comparison (only with labels), and the collapse checks."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     def heading(title: str) -> Table:  # within 80 columns, which is what rich takes where there is no terminal
         return Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
@@ -44,7 +45,7 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
         table.add_column(name, justify="left" if not name else "right")
     for key, label in COLLAPSE:
         check = trained["collapse"][key]
-        verdict = "[green]ok[/green]" if check["ok"] else "[red]COLLAPSED[/red]"
+        verdict = Text("ok", "green") if check["ok"] else Text("COLLAPSED", "red")
         table.add_row(
             label, _figure(check["value"]), _figure(check["backbone_value"]), _figure(check["threshold"]), verdict
         )
