@@ -152,3 +152,23 @@ def test_a_pickled_entry_is_refused(tmp_path):
     with pytest.raises(UsageError, match="not a tensor"):
         checkpoint.load(path, parts[0])
     assert not (tmp_path / "owned").exists()
+
+
+def test_attributes_are_read_of_the_memory_format_alone(tmp_path):
+    """Some releases of Python pickle an enumeration's member as getattr(class, name)."""
+
+    class Getattr:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return getattr, self.arguments
+
+    encoding = dcp.metadata._MEM_FORMAT_ENCODING
+    path = tmp_path / "pickle"
+    path.write_bytes(pickle.dumps(Getattr(encoding, "TORCH_CHANNELS_LAST")))
+    with path.open("rb") as file:
+        assert checkpoint._MetadataUnpickler(file).load() is encoding.TORCH_CHANNELS_LAST
+    path.write_bytes(pickle.dumps(Getattr(dcp.metadata.Metadata, "__init__")))
+    with path.open("rb") as file, pytest.raises(pickle.UnpicklingError, match="no place"):
+        checkpoint._MetadataUnpickler(file).load()

@@ -17,6 +17,18 @@ def case():
     return h1, h2, RademacherCodes(32, 64), 2.0
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("c", [5, 64, 200, 256])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_what_is_not_finite_gives_a_loss_that_is_not(implementation, c, bad):
+    for rows in (slice(None), slice(3, 4)):
+        h1, h2 = torch.randn(6, 32).tanh(), torch.randn(6, 32).tanh()
+        h2[rows, 1] = bad
+        out = falcon_loss(h1.requires_grad_(), h2, RademacherCodes(32, c), 2.0, implementation=implementation)
+        assert not torch.isfinite(out.loss)
+        assert not torch.isfinite(torch.autograd.grad(out.loss, h1)[0]).all()
+
+
 def test_module_equals_function(case):
     h1, h2, codes, tau = case
     module = FalconLoss(codes, tau, beta=0.5, prior="forward")

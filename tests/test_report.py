@@ -36,7 +36,7 @@ def test_tables_hold_three_rows_and_a_verdict_each():
         assert piece in shown
     assert shown.count("COLLAPSED") == 1 and shown.count(" ok ") == 3
     assert "green" not in shown and max(map(len, shown.splitlines())) <= 80
-    assert len(shown.splitlines()) == 19  # nothing wrapped
+    assert len(shown.splitlines()) == 18  # nothing wrapped
 
 
 def test_without_labels_only_the_collapse_checks():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random weights"), ("trained", "trained by FALCON"))
 COLLAPSE = (
-    ("representation", "representation (energy share)"),
+    ("representation", "representation (energy)"),
     ("dimensional", "dimensional (effective rank)"),
     ("cluster", "cluster (code perplexity)"),
     ("intracluster", "intra-cluster (log spread)"),

@@ -44,7 +44,15 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch.serialization, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):  # where it was written
             return PurePath
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.0 to 3.11.3 pickle a member of an enumeration so
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+def _member(enumeration: Any, name: str) -> Any:
+    if enumeration is not dcp_metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"{enumeration}.{name} has no place in a checkpoint")
+    return dcp_metadata._MEM_FORMAT_ENCODING[name]
 
 
 class _Reader(FileSystemReader):

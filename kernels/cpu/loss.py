@@ -69,6 +69,9 @@ def loss_and_gradient(
     if with_gradient:
         gradient = sweeps.gradient(terms, columns, objective.beta, 1 / (2 * n * objective.tau))
     loss, prior, invariance = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
+    if not np.isfinite(h.numpy()).all():  # the sweeps' comparisons lose a NaN among the columns of the padding
+        loss, prior, invariance = (torch.tensor(math.nan) for _ in range(3))
+        gradient = None if gradient is None else torch.full_like(gradient, math.nan)
     used = _count_used(arguments.long().flatten().clamp(max=c - 1), c, objective.group)
     return loss, prior, invariance, used, gradient
 
@@ -93,7 +96,6 @@ class _CpuLoss(torch.autograd.Function):
         return g1, g2, None, None, None, None, None
 
 
-@torch.compiler.disable  # C++ reads and writes the tensors behind the compiler's back
 def cpu_loss(
     h1: torch.Tensor,
     h2: torch.Tensor,
@@ -113,3 +115,8 @@ def cpu_loss(
             h1, h2, dictionary, objective, plan, memory_budget, with_gradient
         )
     return loss, prior, invariance, used
+
+
+# C++ reads and writes the tensors behind the compiler's back. This is what torch.compiler.disable sets, without its import of
+# the whole compiler (and of triton) by `import falcon_fast`.
+cpu_loss._torchdynamo_disable = True  # type: ignore[attr-defined]
