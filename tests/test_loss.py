@@ -17,6 +17,18 @@ def case():
     return h1, h2, RademacherCodes(32, 64), 2.0
 
 
+def test_a_compiled_function_may_call_it(case):
+    h1, h2, codes, tau = case
+    h1.requires_grad_()
+
+    def twice(a, b):
+        return 2 * falcon_loss(a * 1.0, b, codes, tau).loss
+
+    eager, compiled = twice(h1, h2), torch.compile(twice, backend="aot_eager")(h1, h2)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, h1), torch.autograd.grad(eager, h1))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("c", [5, 64, 200, 256])
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])

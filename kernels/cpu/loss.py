@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, sweeps_for
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 __all__ = ["Dictionary", "Objective", "cpu_loss"]
@@ -96,6 +97,9 @@ class _CpuLoss(torch.autograd.Function):
         return g1, g2, None, None, None, None, None
 
 
+# C++ reads and writes the tensors behind the compiler's back. torch.compiler.disable would make `import falcon_fast` import the
+# compiler and triton; this is the same, put off to the first call.
+@_disable_dynamo
 def cpu_loss(
     h1: torch.Tensor,
     h2: torch.Tensor,
@@ -115,8 +119,3 @@ def cpu_loss(
             h1, h2, dictionary, objective, plan, memory_budget, with_gradient
         )
     return loss, prior, invariance, used
-
-
-# C++ reads and writes the tensors behind the compiler's back. This is what torch.compiler.disable sets, without its import of
-# the whole compiler (and of triton) by `import falcon_fast`.
-cpu_loss._torchdynamo_disable = True  # type: ignore[attr-defined]
