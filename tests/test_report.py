@@ -10,7 +10,7 @@ from falcon_fast.evaluation.report import plot_curves, result_tables
 from falcon_fast.training.console import MetricsFile
 
 CHECK = {"value": 1.25, "threshold": 0.5, "ok": True, "backbone_value": None, "explanation": ""}
-BAD = {"value": float("nan"), "threshold": 0.5, "ok": False, "backbone_value": 0.25, "explanation": ""}
+BAD = {"value": 0.1, "threshold": 0.5, "ok": False, "backbone_value": 0.25, "explanation": ""}
 
 
 def result(probe):
@@ -63,3 +63,10 @@ def test_the_picture_shows_curves(tmp_path):
     assert full.shape == empty.shape and full.shape[1] > 800
     assert (full != empty).mean() > 0.005
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.csv", "empty.png", "full.csv", "full.png"]
+
+
+def test_what_could_not_be_measured_is_not_called_collapsed():
+    unmeasured = result(0.875)
+    unmeasured["trained"]["collapse"]["dimensional"] = BAD | {"value": float("nan")}
+    shown = text(result_tables(unmeasured))
+    assert "COLLAPSED" not in shown and shown.count("not measured") == 1

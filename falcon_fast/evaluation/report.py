@@ -46,6 +46,8 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
     for key, label in COLLAPSE:
         check = trained["collapse"][key]
         verdict = Text("ok", "green") if check["ok"] else Text("COLLAPSED", "red")
+        if not _figure(check["value"]):  # too few images, or features that are not finite: the explanation says which
+            verdict = Text("not measured", "red")
         table.add_row(
             label, _figure(check["value"]), _figure(check["backbone_value"]), _figure(check["threshold"]), verdict
         )
