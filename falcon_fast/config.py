@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from falcon_fast.errors import UsageError
-from falcon_fast.kernels import loss_implementations
+from falcon_fast.kernels import IMPLEMENTATIONS as LOSS_IMPLEMENTATIONS
 from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
@@ -26,7 +26,7 @@ from falcon_fast.objective.projector import ACTIVATIONS
 SOURCES = ("digits", "cifar10", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-IMPLEMENTATIONS = ("auto", *dict.fromkeys((*loss_implementations("cpu"), *loss_implementations("cuda"))))
+IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 

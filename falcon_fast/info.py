@@ -33,7 +33,7 @@ def report() -> Iterator[str]:
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         dtype, _ = mixed_precision(True, torch.device(kind))
         precision = "float32" if dtype is None else "bfloat16"
-        yield f"{kind}: loss {', '.join(loss_implementations(kind))}; --amp trains in {precision}"
+        yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"
     built = (
         f"built, running {cpu_extension.level()}"
         if cpu_extension
