@@ -81,31 +81,41 @@ def test_golden_vectors(shared: Path, poisoned, name: str, stored: bool) -> None
     out, found = evaluate(h1, h2, codes, float(case["tau"]), implementation="triton", **options)
     exact = torch.from_numpy(np.concatenate((case["grad_h1"], case["grad_h2"]))).to(DEVICE)
     assert out.loss.item() == pytest.approx(case["loss"].item(), rel=1e-4)
-    assert out.prior.item() == pytest.approx(case["prior_term"].item(), rel=1e-4, abs=1e-6)
-    assert out.invariance.item() == pytest.approx(case["invariance_term"].item(), rel=1e-4, abs=1e-6)
+    # What fp16 embeddings leave: 1.1e-4 in a term of same_views_reverse (16 images), 1.06e-3 in the gradient of saturated_forward.
+    assert out.prior.item() == pytest.approx(case["prior_term"].item(), rel=2e-4, abs=1e-6)
+    assert out.invariance.item() == pytest.approx(case["invariance_term"].item(), rel=2e-4, abs=1e-6)
     assert torch.isfinite(found).all()
-    assert (found - exact).norm() <= 1.2e-3 * exact.norm()  # saturated_forward 1.06e-3, the others up to 6.7e-4
+    assert (found - exact).norm() <= (1.2e-3 if name == "saturated_forward" else 1e-3) * exact.norm()
 
 
-@pytest.mark.parametrize("prior", ["reverse", "forward"])
 @pytest.mark.parametrize(
     ("n", "f", "c", "options"),
     [
         (1, 3, 2, {}),
+        (1, 3, 2, {"prior": "forward"}),
         (5, 40, 300, {"beta": 0.3}),
-        (70, 100, 1500, {"plan": "stored"}),
-        (33, 64, 2200, {"plan": "streaming"}),  # three ranges, the last neither a multiple of 1024 nor of 128
+        (70, 100, 600, {"plan": "stored"}),
+        # Three ranges, the last neither a multiple of 1024 nor of 128.
+        (33, 64, 2200, {"plan": "streaming", "prior": "forward"}),
     ],
 )
-def test_dense_codes_of_any_shape(narrow_ranges, poisoned, n, f, c, options, prior) -> None:
+def test_dense_codes_of_any_shape(narrow_ranges, poisoned, n, f, c, options) -> None:
     h1, h2 = embeddings(n, f)
     tau = temperature(f, c, max(1, f // 32))  # sigma_z about 2 whatever f
-    out, expected = assert_close_to_reference(h1, h2, RademacherCodes(f, c), tau, prior=prior, **options)
+    out, expected = assert_close_to_reference(h1, h2, RademacherCodes(f, c), tau, **options)
     assert out.codes_used.item() == expected.codes_used.item()
 
 
-@pytest.mark.parametrize("prior", ["reverse", "forward"])
-@pytest.mark.parametrize(("n", "f", "c"), [(7, 8, 64), (19, 64, 320), (35, 128, 128), (5, 512, 1024), (2, 2048, 2048)])
+@pytest.mark.parametrize(
+    ("n", "f", "c", "prior"),
+    [
+        (7, 8, 64, "reverse"),
+        (19, 64, 320, "reverse"),
+        (35, 128, 128, "forward"),
+        (5, 512, 1024, "reverse"),
+        (2, 2048, 2048, "forward"),
+    ],
+)
 def test_hadamard_codes(poisoned, n, f, c, prior) -> None:
     h1, h2 = embeddings(n, f)
     out, expected = assert_close_to_reference(h1, h2, HadamardCodes(f, c), temperature(f, c, max(1, f // 32)), prior=prior)
@@ -370,23 +380,33 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def smooth_cases(falcon_loss_parts, combine) -> list[float]:
-    """Relative errors of loss and gradient for a dense and a Hadamard dictionary, by the functions given."""
-    errors = []
-    for codes, n in ((RademacherCodes(40, 2100), 5), (HadamardCodes(256, 1024), 3)):
-        h1, h2 = embeddings(n, codes.f, scale=0.7)
-        tau = temperature(codes.f, codes.c, codes.f // 32)
-        codes = codes.to(DEVICE)
-        arguments = (codes.words, codes.c, isinstance(codes, HadamardCodes), tau, 1.0, "reverse", None, "auto", None, True)
-        readings, parts = falcon_loss_parts(h1, h2, *arguments)
-        found = torch.cat(combine(parts.parts, parts.quantum, torch.ones((), device=DEVICE), torch.float32)).double()
-        expected, exact = evaluate(h1.double(), h2.double(), codes, tau, implementation="reference")
-        errors += [abs(readings.loss.item() / expected.loss.item() - 1), ((found - exact).norm() / exact.norm()).item()]
-    return errors
+def errors_of(loss_module, gradient_module, codes, n) -> list[float]:
+    """Relative errors of loss and gradient, by the functions of these modules."""
+    codes = codes.to(DEVICE)
+    h1, h2 = embeddings(n, codes.f, scale=0.7)
+    tau = temperature(codes.f, codes.c, codes.f // 32)
+    is_hadamard = isinstance(codes, HadamardCodes)
+    readings, parts = loss_module.falcon_loss_parts(
+        h1, h2, codes.words, codes.c, is_hadamard, tau, 1.0, "reverse", None, "auto", None, True
+    )
+    one = torch.ones((), device=DEVICE)
+    found = torch.cat(gradient_module.combine(parts.parts, parts.quantum, one, torch.float32)).double()
+    expected, exact = evaluate(h1.double(), h2.double(), codes, tau, implementation="reference")
+    return [abs(readings.loss.item() / expected.loss.item() - 1), ((found - exact).norm() / exact.norm()).item()]
 
 
-def test_smooth_cases_are_right() -> None:
-    assert max(smooth_cases(loss.falcon_loss_parts, gradient.combine)) < 1e-3
+def smooth_case(loss_module, gradient_module, is_hadamard: bool) -> list[float]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_hadamard:  # two splits of the product, 17 tiles, ragged everywhere
+            return errors_of(loss_module, gradient_module, RademacherCodes(40, 2100), 5)
+        # On a GPU of one processor one program goes over all the blocks.
+        patch.setattr(loss_module, "device_facts", lambda device: ((8, 0), 1))
+        return errors_of(loss_module, gradient_module, HadamardCodes(256, 1024), 3)
+
+
+@pytest.mark.parametrize("is_hadamard", [False, True])
+def test_smooth_cases_are_right(is_hadamard) -> None:
+    assert max(smooth_case(loss, gradient, is_hadamard)) < 1e-3
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -402,8 +422,8 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
         path.write_text(source.replace("falcon_fast.kernels.gpu", package))
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        mutant = importlib.import_module(f"{package}.loss")
-        errors = smooth_cases(mutant.falcon_loss_parts, importlib.import_module(f"{package}.gradient").combine)
+        mutant, its_gradient = (importlib.import_module(f"{package}.{module}") for module in ("loss", "gradient"))
+        errors = smooth_case(mutant, its_gradient, file == "hadamard.py")
         assert not all(error < 3e-3 for error in errors), errors
     finally:
         for module in [module for module in sys.modules if module.partition(".")[0] == package]:

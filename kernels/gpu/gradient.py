@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import launch, multiply
 from falcon_fast.kernels.gpu.plan import TILE, ProductTiles
 from falcon_fast.kernels.gpu.statistics import ColumnState, RowState, Scales, prior_gradient
-from falcon_fast.kernels.gpu.support import interpreting
 from falcon_fast.kernels.gpu.tiles import LN_2, expand_signs, feature_of
 
 DZ_ROWS = 32
@@ -241,14 +240,7 @@ def library_product(dz: torch.Tensor, words: torch.Tensor, dense: torch.Tensor, 
     """The same by torch's matrix product, on codes expanded into `dense`, fp16 (at least count, f); out: (1, rows, f)."""
     count = words.shape[0]
     expand_codes(words, dense[:count])
-    dz, dh = dz[:, :count], out[0]
-    if interpreting() and dz.device.type == "cpu":  # where torch has no product of fp16 with a float32 result
-        product = dz.float() @ dense[:count].float()
-        dh.add_(product) if add else dh.copy_(product)
-    elif add:
-        torch.addmm(dh, dz, dense[:count], out_dtype=torch.float32, out=dh)
-    else:
-        torch.mm(dz, dense[:count], out_dtype=torch.float32, out=dh)
+    multiply(dz[:, :count], dense[:count], out[0], add)
 
 
 @triton.jit

@@ -61,7 +61,7 @@ def as_dense(words: torch.Tensor, f: int, c: int) -> torch.Tensor:
     for shift in (16, 8, 4, 2, 1):
         parity = parity ^ (parity >> shift)
     # Bit b of a word is flipped where the popcount is odd; 2**31 wraps to the negative number with that bit.
-    bits = ((parity & 1) << (feature % 32)).view(f, -1, 32).sum(2).to(torch.int32)
+    bits = ((parity & 1 & (feature < f)) << (feature % 32)).view(f, -1, 32).sum(2).to(torch.int32)
     return (words[:, None, :] ^ bits).reshape(c, -1).contiguous()
 
 

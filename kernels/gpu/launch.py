@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from falcon_fast.kernels.gpu.support import interpreting
+from falcon_fast.kernels.gpu.support import INTERPRETING
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel: its argument types as Triton specialises them, compile-time values, warps and pipeline stages."""
+    """One launch of a kernel: its argument types as Triton specialises them, compile-time values, warps and pipeline stages.
+
+    `kernel` is None for a matrix product of the library's.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -75,12 +78,25 @@ def launch(
     if (active := _recording.get()) is not None:
         active.launches.append(_described(kernel, grid, arguments, constants, num_warps, num_stages))
         return
-    if interpreting():
+    if INTERPRETING:
         kernel[grid](*arguments, **constants)
         return
     device = next(x for x in arguments if isinstance(x, torch.Tensor)).device
     with torch.cuda.device(device):
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    """out = a b, or out += a b, for fp16 a (m, k), b (k, n) and float32 out (m, n), by torch's matrix product."""
+    if (active := _recording.get()) is not None:
+        active.launches.append(Launch(None, (), {}, {}, frozenset(), 0, 0))
+    elif INTERPRETING and a.device.type == "cpu":  # where torch has no product of fp16 with a float32 result
+        product = a.float() @ b.float()
+        out.add_(product) if add else out.copy_(product)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _described(

@@ -32,7 +32,7 @@ from falcon_fast.kernels.gpu.statistics import (
     log_sum_over,
     merge_rows,
 )
-from falcon_fast.kernels.gpu.support import interpreting
+from falcon_fast.kernels.gpu.support import INTERPRETING
 
 # Units that the largest |dZ| of a row may take: fp16 ends at 65504.
 DENSE_TARGET = 32768.0
@@ -124,6 +124,7 @@ def dense_loss(
             paired=True,
             target=DENSE_TARGET,
         )
+        del partial
     if group is not None:
         readings = readings._replace(codes_used=count_used(state.used, c, group))
     if not with_gradient:
@@ -131,7 +132,7 @@ def dense_loss(
 
     parts = torch.empty(plan.splits, 2 * n, f, device=device)
     if plan.library:
-        dense = torch.empty(min(LIBRARY_CODES, c), f, dtype=torch.float16, device=device)
+        dense = torch.empty(min(LIBRARY_CODES, plan.width), f, dtype=torch.float16, device=device)
     for first, count in ranges:
         d, maxima = ranges.again(first, count)
         dz_in_place(d, maxima, rows, quantum, state, first, count, scales)
@@ -182,7 +183,7 @@ def falcon_loss_parts(
 ) -> tuple[Readings, Parts | None]:
     """Loss and gradient parts of embeddings (N, f) in any precision up to float32, for either dictionary."""
     n, f = h1.shape
-    if interpreting() and h1.dtype == torch.bfloat16:  # which the interpreter loads wrongly
+    if INTERPRETING and h1.dtype == torch.bfloat16:  # which the interpreter loads wrongly
         h1, h2 = h1.float(), h2.float()
     h1, h2 = (h if h.stride(1) == 1 else h.contiguous() for h in (h1, h2))
     chosen = _chosen(n, f, c, is_hadamard, plan, memory_budget, h1.device)

@@ -152,7 +152,8 @@ def hadamard_plan(
     gradient_rows = max(1 if a > 1 else 16, (2048 if capability[0] == 8 else 4096) // f)  # sm_80 spills with 4096
     gradient_splits = min(splits_for(-(-n // gradient_rows)), MOST_SPLITS)
     strips = blocks * (b // width)
-    needed = 4 * n * f + 2 * n * 4 * (8 + 4 * splits + strips + gradient_splits * f) + 2 * ceil_to(c, TILE) * 4
+    needed = 4 * n * f + 2 * n * 4 * (10 + 4 * splits + strips + gradient_splits * f) + 2 * ceil_to(c, TILE) * 4
+    needed += 12 * strips + 64
     if memory_budget is not None and needed > memory_budget:
         raise ValueError(
             f"the loss needs about {needed / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "

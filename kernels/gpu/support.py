@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -10,26 +9,23 @@ import torch
 
 OLDEST_CAPABILITY = (8, 0)
 
+# Both are read once, at import: triton itself looks at the variable when a kernel is defined, and a compiler that traces through
+# `why_not` meets constants. TRITON_INTERPRET=1 runs kernels on CPU tensors, in Python: for tests, very slowly.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 
-def interpreting() -> bool:
-    """Whether Triton was told (TRITON_INTERPRET=1) to run kernels on CPU tensors, in Python: for tests, very slowly."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 
-
-@functools.cache
 def why_not(device: torch.device) -> str | None:
     """None where the kernels run on `device`, else the reason in one phrase."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and INTERPRETING:
         return None
     if device.type != "cuda":
-        return "they need an NVIDIA GPU (or TRITON_INTERPRET=1)"
+        return "it needs an NVIDIA GPU"
     if torch.version.hip is not None:
-        return "they are written for NVIDIA GPUs, and this torch is built for AMD's"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        return f"they need compute capability 8.0 or newer, and {torch.cuda.get_device_name(device)} has " + (
-            "{}.{}".format(*capability)
-        )
+        return "it is written for NVIDIA GPUs, and this torch is built for AMD's"
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < OLDEST_CAPABILITY:
+        return f"it needs compute capability 8.0, and this GPU has {properties.major}.{properties.minor}"
     return None
