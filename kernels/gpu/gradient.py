@@ -29,8 +29,10 @@ def logit_gradients(
     b_log_p2 = b_y2 - b_log_s2
     b_p1 = tl.exp2(b_log_p1)
     b_p2 = tl.exp2(b_log_p2)
-    b_dz1 = prior_gradient(b_log_p1, b_p1, b_log_pbar1, log_c, FORWARD) + b_p1 * (b_free1 - beta * LN_2 * b_y2) - beta * b_p2
-    b_dz2 = prior_gradient(b_log_p2, b_p2, b_log_pbar2, log_c, FORWARD) + b_p2 * (b_free2 - beta * LN_2 * b_y1) - beta * b_p1
+    b_dz1 = prior_gradient(b_log_p1, b_p1, b_log_pbar1, log_c, FORWARD)
+    b_dz2 = prior_gradient(b_log_p2, b_p2, b_log_pbar2, log_c, FORWARD)
+    b_dz1 += b_p1 * (b_free1 - beta * LN_2 * b_y2) - beta * b_p2
+    b_dz2 += b_p2 * (b_free2 - beta * LN_2 * b_y1) - beta * b_p1
     return b_dz1, b_dz2
 
 
@@ -178,9 +180,7 @@ def product_kernel(
     tl.store(p_dh, b_dh, mask=m_out)
 
 
-def packed_product(
-    dz: torch.Tensor, words: torch.Tensor, out: torch.Tensor, tiles: ProductTiles, add: bool
-) -> None:
+def packed_product(dz: torch.Tensor, words: torch.Tensor, out: torch.Tensor, tiles: ProductTiles, add: bool) -> None:
     """out (splits, rows, f) = dz (rows, width) times the codes `words` (count, words a code), or added to it, split by codes."""
     rows, width = dz.shape
     splits, _, f = out.shape
@@ -269,7 +269,7 @@ def combine_kernel(
         m = m_row[:, None] & (o < f)[None, :]
         p_part = p_parts + (i_view * n + o_row)[:, None].to(tl.int64) * f + o[None, :]
         b_sum = tl.zeros((ROWS, BLOCK), tl.float32)
-        for _ in range(0, splits):
+        for _ in range(splits):
             b_sum += tl.load(p_part, mask=m, other=0.0)
             p_part += 2 * tl.cast(n, tl.int64) * f
         b_sum *= b_factor[:, None]

@@ -7,7 +7,7 @@ feature i = a B + b, H is the Kronecker product of H_A and H_B, and the transfor
 
 of A + B multiply-adds a logit instead of f (f = 2048: 96). The first takes fp16 embeddings and is exact but for float32's own
 rounding; the second takes t as the sum of two fp16 numbers, since one would add as much error as rounding the embeddings did.
-The gradient goes back the same way, dX = D H dZ. Widths below 256 take one product; those outside 16 ... 4096 are treated as
+The gradient goes back the same way, dX = D H dZ. Widths below 256 take one product; those outside 16 ... 2048 are treated as
 dense dictionaries, whose codes are formed once a step.
 
 Within a block codes are counted by their place in the second product's result, b' A + a', in all arrays of codes here: so they
@@ -15,8 +15,6 @@ are read and written in order, and nothing outside asks which code is which.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,15 +40,8 @@ from falcon_fast.kernels.gpu.statistics import (
 )
 from falcon_fast.kernels.gpu.tiles import hadamard_columns, hadamard_matrix
 
-SMALLEST, LARGEST = 16, 4096
-
 # Units that the largest |dZ| of a row may take: the first product of the way back adds up to 64 of them in fp16.
 TARGET = 512.0
-
-
-def served(f: int) -> bool:
-    """Whether the kernels here serve Hadamard codes of width f."""
-    return SMALLEST <= f <= LARGEST
 
 
 def as_dense(words: torch.Tensor, f: int, c: int) -> torch.Tensor:
@@ -314,7 +305,7 @@ def gradient_kernel(
             beta,
             FORWARD,
         )
-        b_sign = 1.0 + 2.0 * (b_flips < 0).to(tl.float32) * -1.0
+        b_sign = tl.where(b_flips < 0, -1.0, 1.0)
         b_dh1 += back(b_dz1 * b_units1[:, None], b_h_b, b_h_a, ROWS, A, B) * b_sign[None, :]
         b_dh2 += back(b_dz2 * b_units2[:, None], b_h_b, b_h_a, ROWS, A, B) * b_sign[None, :]
     p_out = p_parts + (i_split.to(tl.int64) * 2 * n + o_row)[:, None] * F + tl.arange(0, F)[None, :]

@@ -32,9 +32,16 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-class Recording(NamedTuple):
+class Facts(NamedTuple):
+    """What a plan depends on: the GPU's name, compute capability and number of multiprocessors."""
+
+    name: str
     capability: tuple[int, int]
     processors: int
+
+
+class Recording(NamedTuple):
+    facts: Facts
     launches: list[Launch]
 
 
@@ -54,21 +61,21 @@ POINTERS = {
 def recording(capability: tuple[int, int], processors: int) -> Iterator[list[Launch]]:
     """Note launches instead of making them, as for a GPU of this compute capability and number of multiprocessors."""
     launches: list[Launch] = []
-    token = _recording.set(Recording(capability, processors, launches))
+    token = _recording.set(Recording(Facts("", capability, processors), launches))
     try:
         yield launches
     finally:
         _recording.reset(token)
 
 
-def device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors; of the recording inside one, 8.0 and 108 (an A100) in the interpreter."""
+def device_facts(device: torch.device) -> Facts:
+    """Of a GPU; of the recording inside one; of an A100 in the interpreter."""
     if (active := _recording.get()) is not None:
-        return active.capability, active.processors
+        return active.facts
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return (properties.major, properties.minor), properties.multi_processor_count
-    return (8, 0), 108
+        return Facts(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+    return Facts("A100", (8, 0), 108)
 
 
 def launch(

@@ -123,7 +123,7 @@ def dense_logits(
 ) -> None:
     """Logits of the codes `words` (count, words a code), which start at code `first`.
 
-    h, scale: from `cast_embeddings`, paired. Written: d (2, N, width), unless None; maxima (2, tiles, N); `statistics`, unless None.
+    h, scale: from `cast_embeddings`, paired. Written: maxima (2, tiles, N), and unless None d (2, N, width) and `statistics`.
     """
     count, words_per_code = words.shape
     _, count_tiles, n = maxima.shape

@@ -12,14 +12,27 @@ Nothing here looks at a value on the device, so that a step can be captured as a
 from __future__ import annotations
 
 from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from falcon_fast.kernels.gpu import hadamard
+from falcon_fast.kernels.gpu.cost import choose, nearest_device
 from falcon_fast.kernels.gpu.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.gradient import dz_in_place, library_product, packed_product
 from falcon_fast.kernels.gpu.launch import device_facts
 from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
-from falcon_fast.kernels.gpu.plan import LIBRARY_CODES, STRIP, TILE, DensePlan, HadamardPlan, ceil_to, dense_plan, hadamard_plan
+from falcon_fast.kernels.gpu.plan import (
+    LIBRARY_CODES,
+    STRIP,
+    TILE,
+    DensePlan,
+    HadamardPlan,
+    ceil_to,
+    check_budget,
+    dense_plan,
+    hadamard_plan,
+    hadamard_served,
+)
 from falcon_fast.kernels.gpu.statistics import (
     ColumnState,
     Parts,
@@ -64,7 +77,13 @@ class _Ranges:
     def form(self, first: int, count: int, statistics: TileStatistics | None, keep: bool) -> None:
         d, maxima = self.stored(count)
         dense_logits(
-            self.h, self.scale, self.words[first : first + count], first, d if keep else None, maxima, statistics,
+            self.h,
+            self.scale,
+            self.words[first : first + count],
+            first,
+            d if keep else None,
+            maxima,
+            statistics,
             self.plan.logits,
         )
 
@@ -150,13 +169,22 @@ def dense_loss(
 def _chosen(
     n: int, f: int, c: int, is_hadamard: bool, plan: str, memory_budget: int | None, device: torch.device
 ) -> DensePlan | HadamardPlan:
-    """The plan, which for Hadamard codes of a width that has no kernels is a dense one."""
+    """The plan; for Hadamard codes of a width that has no kernels a dense one. Raises ValueError for one that does not fit."""
     facts = device_facts(device)
-    if not is_hadamard or not hadamard.served(f):
-        return dense_plan(n, f, c, plan, memory_budget, *facts)
-    if plan == "stored":
-        raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
-    return hadamard_plan(n, f, c, memory_budget, *facts)
+    if is_hadamard and hadamard_served(f):
+        if plan == "stored":
+            raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
+        chosen: DensePlan | HadamardPlan = hadamard_plan(n, f, c, facts.capability, facts.processors)
+        name = "the loss"
+    else:
+        name = plan
+        if plan == "auto":
+            model = nearest_device(facts.name, facts.capability)
+            name = choose(n, f, c, "rademacher", model, memory_budget).name
+        chosen = dense_plan(n, f, c, name == "stored", memory_budget, facts.capability, facts.processors)
+        name = f"the {name} plan of the loss"
+    check_budget(name, chosen.peak, n, f, c, memory_budget)
+    return chosen
 
 
 def parts_shape(

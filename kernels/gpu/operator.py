@@ -33,7 +33,7 @@ def loss_op(
     memory_budget: int | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    group = _resolve_process_group(group_name) if group_name else None
+    group = _resolve_process_group(group_name) if group_name else None  # type: ignore[arg-type]
     readings, gradient = falcon_loss_parts(
         h1, h2, words, c, is_hadamard, tau, beta, prior, group, plan, memory_budget, with_gradient
     )
@@ -58,11 +58,13 @@ def _(
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n, f = (int(size) for size in h1.shape)  # the plan, and with it the number of parts, depends on the values
-    parts, quantum = (0,), (0,)
+    parts: tuple[int, ...] = (0,)
+    quantum: tuple[int, ...] = (0,)
     if with_gradient:
         parts, quantum = parts_shape(n, f, c, is_hadamard, plan, memory_budget, h1.device), (2, 2, n)
-    floats = [h1.new_empty(shape, dtype=torch.float32) for shape in ((), (), (), parts, quantum)]
-    return *floats[:3], h1.new_empty((), dtype=torch.int64), *floats[3:]
+    readings = [h1.new_empty((), dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float32, torch.int64)]
+    gradient = [h1.new_empty(shape, dtype=torch.float32) for shape in (parts, quantum)]
+    return readings[0], readings[1], readings[2], readings[3], gradient[0], gradient[1]
 
 
 @torch.library.custom_op("falcon_fast::loss_gradient", mutates_args=())

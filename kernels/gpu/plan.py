@@ -6,16 +6,17 @@ run have the same. The configurations are fixed; the numbers beside them are wha
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 TILE = 128  # codes under one maximum
 STRIP = 64  # codes whose columns one program reduces: 128 bytes of each row of stored logits
 
-DEFAULT_BUDGET = 4 * 2**30  # `auto` stores the logits up to here: 2.4 GiB at (1024, 2048, 524288)
+DEFAULT_BUDGET = 4 * 2**30  # what `auto` takes at most: stored logits are 2.4 GiB at (1024, 2048, 524288)
 RANGE_BYTES = 24 * 2**20  # stored logits of one range of a streaming sweep: they stay in the second cache (A100: 40 MB)
 LIBRARY_CODES = 8192  # codes expanded to fp16 at a time: 32 MiB at f = 2048
-LIBRARY_ROWS = 1024  # of both views, from which expanding the codes for the library's product is the smaller cost [model]
+LIBRARY_ROWS = (
+    1024  # of both views, from which expanding the codes for the library's product is the smaller cost [model]
+)
 MOST_SPLITS = 8
 SHORTEST_SPLIT = 1024
 
@@ -62,7 +63,9 @@ def logits_tiles(n: int, c: int, capability: tuple[int, int], processors: int) -
     A Hopper processor multiplies faster than the second cache delivers 128 x 128 blocks of fp16 (64 bytes a cycle of about
     25); packed codes make it 33, and 256 codes a block 18. The wide block needs all 512 threads' registers.
     """
-    if n <= 32 or capability[0] == 10:  # Blackwell's accumulators lie in rows of lanes: taking the views apart costs registers
+    if (
+        n <= 32 or capability[0] == 10
+    ):  # Blackwell's accumulators lie in rows of lanes: taking the views apart costs registers
         return LogitsTiles(32, 128, 64, 8, 3)
     if capability[0] == 9:
         programs = -(-n // 64) * -(-c // 256)
@@ -76,12 +79,9 @@ def product_tiles(capability: tuple[int, int]) -> ProductTiles:
 
 
 def dense_plan(
-    n: int, f: int, c: int, plan: str, memory_budget: int | None, capability: tuple[int, int], processors: int
+    n: int, f: int, c: int, stored: bool, memory_budget: int | None, capability: tuple[int, int], processors: int
 ) -> DensePlan:
-    """The plan for `n` images a view within `memory_budget` bytes beyond inputs and dictionary (None: 4 GiB for `auto`).
-
-    Raises ValueError where the budget cannot be kept.
-    """
+    """The plan for `n` images a view; a streaming one goes in narrower ranges where `memory_budget` bytes ask for it."""
     logits, product = logits_tiles(n, c, capability, processors), product_tiles(capability)
     padded_c = ceil_to(c, TILE)
     blocks = -(-2 * n // product.rows) * -(-f // product.features)
@@ -90,7 +90,7 @@ def dense_plan(
     if library:
         splits = 1
 
-    def peak(stored: bool, width: int) -> int:
+    def peak(width: int) -> int:
         embeddings = 2 * ceil_to(n, logits.rows) * (2 * ceil_to(f, logits.depth) + 8)
         rows = 2 * n * 4 * 8
         columns = 2 * padded_c * 4 + 3 * 4 * (padded_c // STRIP)
@@ -100,20 +100,19 @@ def dense_plan(
         of_range = 2 * n * width * 2 + 2 * n * (width // TILE) * 4 * 4
         return embeddings + rows + columns + of_range + parts + codes
 
-    narrow = min(padded_c, max(8 * TILE, RANGE_BYTES // (4 * n) // (8 * TILE) * (8 * TILE)))
-    limit = memory_budget if memory_budget is not None else DEFAULT_BUDGET if plan == "auto" else math.inf
-    stored = plan == "stored" or (plan == "auto" and peak(True, padded_c) <= limit)
-    width = padded_c if stored else narrow
-    while not stored and width > TILE and peak(False, width) > limit:
-        width = max(TILE, ceil_to(width // 2, TILE))
-    needed = peak(stored, width)
-    if memory_budget is not None and needed > memory_budget:
-        what = "the stored plan" if stored else "the loss"
+    width = padded_c if stored else min(padded_c, max(8 * TILE, RANGE_BYTES // (4 * n) // (8 * TILE) * (8 * TILE)))
+    while not stored and memory_budget is not None and width > TILE and peak(width) > memory_budget:
+        width = ceil_to(width // 2, TILE)
+    return DensePlan(stored, width, logits, product, library, splits, peak(width))
+
+
+def check_budget(what: str, peak: int, n: int, f: int, c: int, memory_budget: int | None) -> None:
+    """Raises ValueError where `peak` bytes are over the budget."""
+    if memory_budget is not None and peak > memory_budget:
         raise ValueError(
-            f"{what} needs about {needed / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
+            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
             f"{memory_budget / 2**20:.1f} MiB: raise it, or lower the batch or the number of codes"
         )
-    return DensePlan(stored, width, logits, product, library, splits, needed)
 
 
 class HadamardPlan(NamedTuple):
@@ -133,17 +132,20 @@ class HadamardPlan(NamedTuple):
     peak: int
 
 
-def hadamard_plan(
-    n: int, f: int, c: int, memory_budget: int | None, capability: tuple[int, int], processors: int
-) -> HadamardPlan:
-    """The plan for Hadamard codes: streaming always. Raises ValueError where the budget cannot be kept."""
+def hadamard_served(f: int) -> bool:
+    """Whether there are kernels for Hadamard codes of width f; other widths are treated as dense dictionaries."""
+    return 16 <= f <= 2048
+
+
+def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processors: int) -> HadamardPlan:
+    """The plan for Hadamard codes, which are streamed always."""
     a = 1 if f < 256 else 2 ** ((f.bit_length() - 1) // 2)
     b, blocks = f // a, c // f
     rows = max(1 if a > 1 else 16, 4096 // f)
     width = b
     while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
         width //= 2
-    column_rows = max(-(-16 // width) if a > 1 else 16, 8192 // (width * a))
+    column_rows = max(1 if a > 1 else 16, (4096 if capability[0] == 8 else 8192) // (width * a))
 
     def splits_for(programs: int) -> int:
         return max(1, min(blocks, -(-2 * processors // programs)))
@@ -154,9 +156,4 @@ def hadamard_plan(
     strips = blocks * (b // width)
     needed = 4 * n * f + 2 * n * 4 * (10 + 4 * splits + strips + gradient_splits * f) + 2 * ceil_to(c, TILE) * 4
     needed += 12 * strips + 64
-    if memory_budget is not None and needed > memory_budget:
-        raise ValueError(
-            f"the loss needs about {needed / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
-            f"{memory_budget / 2**20:.1f} MiB: raise it, or lower the batch or the number of codes"
-        )
     return HadamardPlan(a, b, rows, splits, width, column_rows, 8, gradient_rows, gradient_splits, 8, needed)

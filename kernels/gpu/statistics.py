@@ -44,8 +44,8 @@ class RowState(NamedTuple):
 
     @staticmethod
     def empty(n: int, device: torch.device) -> RowState:
-        floats = [torch.empty(2, n, device=device) for _ in range(4)]
-        return RowState(*floats[:3], torch.empty(2, n, dtype=torch.int32, device=device), floats[3])
+        maximum, total, cross, prior = (torch.empty(2, n, device=device) for _ in range(4))
+        return RowState(maximum, total, cross, torch.empty(2, n, dtype=torch.int32, device=device), prior)
 
 
 @triton.jit
@@ -88,20 +88,16 @@ def merge_rows_kernel(
     b_at1 = tl.full((ROWS,), 2147483647, tl.int32)
     b_at2 = tl.full((ROWS,), 2147483647, tl.int32)
     if not FRESH:
-        b_weight1 = tl.exp2(b_old1 - b_max1)
-        b_weight2 = tl.exp2(b_old2 - b_max2)
-        b_part1 = tl.load(p_sum + o_row, mask=m_row, other=0.0)
-        b_part2 = tl.load(p_sum + n + o_row, mask=m_row, other=0.0)
-        b_mixed1 = tl.load(p_cross + o_row, mask=m_row, other=0.0) + (b_old2 - b_max2) * b_part1
-        b_mixed2 = tl.load(p_cross + n + o_row, mask=m_row, other=0.0) + (b_old1 - b_max1) * b_part2
-        b_sum1 = b_weight1 * b_part1
-        b_sum2 = b_weight2 * b_part2
-        b_cross1 = b_weight1 * b_mixed1
-        b_cross2 = b_weight2 * b_mixed2
-        b_earlier1 = tl.load(p_argmax + o_row, mask=m_row, other=0)
-        b_earlier2 = tl.load(p_argmax + n + o_row, mask=m_row, other=0)
-        b_at1 = tl.where(b_old1 == b_max1, b_earlier1, b_at1)
-        b_at2 = tl.where(b_old2 == b_max2, b_earlier2, b_at2)
+        b_before1 = tl.load(p_sum + o_row, mask=m_row, other=0.0)
+        b_before2 = tl.load(p_sum + n + o_row, mask=m_row, other=0.0)
+        b_sum1 = tl.exp2(b_old1 - b_max1) * b_before1
+        b_sum2 = tl.exp2(b_old2 - b_max2) * b_before2
+        b_crossed1 = tl.load(p_cross + o_row, mask=m_row, other=0.0) + (b_old2 - b_max2) * b_before1
+        b_crossed2 = tl.load(p_cross + n + o_row, mask=m_row, other=0.0) + (b_old1 - b_max1) * b_before2
+        b_cross1 = tl.exp2(b_old1 - b_max1) * b_crossed1
+        b_cross2 = tl.exp2(b_old2 - b_max2) * b_crossed2
+        b_at1 = tl.where(b_old1 == b_max1, tl.load(p_argmax + o_row, mask=m_row, other=0), b_at1)
+        b_at2 = tl.where(b_old2 == b_max2, tl.load(p_argmax + n + o_row, mask=m_row, other=0), b_at2)
     for start in range(0, tiles, TILES):
         o_tile = start + tl.arange(0, TILES)
         o = o_tile[:, None].to(tl.int64) * n + o_row[None, :]
@@ -212,11 +208,16 @@ def columns_kernel(
                 o_row = start + tl.arange(0, ROWS)
                 m_row = o_row < n
                 o_state = o_view + o_row
-                b_shift = tl.load(p_tile_max + tl.cast(i_view * tiles + i_tile, tl.int64) * n + o_row, mask=m_row, other=0.0)
+                b_shift = tl.load(
+                    p_tile_max + tl.cast(i_view * tiles + i_tile, tl.int64) * n + o_row, mask=m_row, other=0.0
+                )
                 b_shift -= tl.load(p_max + o_state, mask=m_row, other=0.0)
                 b_shift -= tl.log2(tl.load(p_sum + o_state, mask=m_row, other=1.0))
-                b_d = tl.load(p_d + o_state[:, None].to(tl.int64) * width + o_code[None, :], mask=m_row[:, None], other=0.0)
-                b_log_p = tl.where(m_row[:, None], b_d.to(tl.float32) + b_shift[:, None], float("-inf"))
+                b_d = tl.load(
+                    p_d + o_state[:, None].to(tl.int64) * width + o_code[None, :], mask=m_row[:, None], other=0.0
+                )
+                b_log_p = b_d.to(tl.float32) + b_shift[:, None]
+                b_log_p = tl.where(m_row[:, None], b_log_p, float("-inf"))
                 b_new = tl.maximum(b_top, tl.max(b_log_p, 0))
                 b_total = b_total * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_log_p - b_new[None, :]), 0)
                 b_top = b_new
@@ -234,10 +235,14 @@ def columns_kernel(
                 o_row = start + tl.arange(0, ROWS)
                 m_row = o_row < n
                 o_state = o_view + o_row
-                b_shift = tl.load(p_tile_max + tl.cast(i_view * tiles + i_tile, tl.int64) * n + o_row, mask=m_row, other=0.0)
+                b_shift = tl.load(
+                    p_tile_max + tl.cast(i_view * tiles + i_tile, tl.int64) * n + o_row, mask=m_row, other=0.0
+                )
                 b_shift -= tl.load(p_max + o_state, mask=m_row, other=0.0)
                 b_shift -= tl.log2(tl.load(p_sum + o_state, mask=m_row, other=1.0))
-                b_d = tl.load(p_d + o_state[:, None].to(tl.int64) * width + o_code[None, :], mask=m_row[:, None], other=0.0)
+                b_d = tl.load(
+                    p_d + o_state[:, None].to(tl.int64) * width + o_code[None, :], mask=m_row[:, None], other=0.0
+                )
                 b_log_p = b_d.to(tl.float32) + b_shift[:, None]
                 b_pg = prior_gradient(b_log_p, tl.exp2(b_log_p), b_log_pbar[None, :], log_c, FORWARD)
                 b_a = tl.sum(tl.where(m_code[None, :], b_pg, 0.0), 1)
@@ -250,8 +255,21 @@ def columns_kernel(
 
 @triton.jit
 def row_bound(
-    p_sum, p_cross, p_norm, b_a, o_row, m_row, i_view, n, padded_n, log_c, log_rows, beta, tau,
-    FORWARD: tl.constexpr, PAIRED: tl.constexpr,
+    p_sum,
+    p_cross,
+    p_norm,
+    b_a,
+    o_row,
+    m_row,
+    i_view,
+    n,
+    padded_n,
+    log_c,
+    log_rows,
+    beta,
+    tau,
+    FORWARD: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """A bound of 2 N |dZ_ij| over the codes j, for rows of a view.
 
@@ -278,7 +296,17 @@ def row_bound(
 
 @triton.jit
 def store_readings(
-    p_sum, p_cross, p_prior, p_used, p_loss, p_prior_term, p_invariance, p_codes_used, n, all_strips, beta,
+    p_sum,
+    p_cross,
+    p_prior,
+    p_used,
+    p_loss,
+    p_prior_term,
+    p_invariance,
+    p_codes_used,
+    n,
+    all_strips,
+    beta,
     COUNT: tl.constexpr,
 ):
     """The loss and its terms from the codes' partial sums and the rows, by one program."""
@@ -304,7 +332,7 @@ def store_readings(
         for start in range(0, all_strips, 1024):
             o_strip = start + tl.arange(0, 1024)
             used += tl.sum(tl.load(p_used + o_strip, mask=o_strip < all_strips, other=0), 0)
-        tl.store(p_codes_used, used.to(tl.int64))
+        tl.store(p_codes_used, tl.cast(used, tl.int64))
 
 
 @triton.jit
@@ -358,13 +386,23 @@ def finish_kernel(
         tl.store(p_quantum + 2 * n + o, TARGET / b_bound, mask=m_row)
         if i_block == 0 and i_view == 0:
             store_readings(
-                p_sum, p_cross, p_prior, p_used, p_loss, p_prior_term, p_invariance, p_codes_used, n, all_strips, beta,
+                p_sum,
+                p_cross,
+                p_prior,
+                p_used,
+                p_loss,
+                p_prior_term,
+                p_invariance,
+                p_codes_used,
+                n,
+                all_strips,
+                beta,
                 COUNT,
             )
 
 
 class Scales(NamedTuple):
-    """What the settings of a loss become in the kernels: log2 c, log2 of the rows in the mean (all processes'), beta, tau, prior."""
+    """The settings of a loss as the kernels take them; `log_rows` is of the rows of all processes, whose mean counts."""
 
     log_c: float
     log_rows: float
@@ -450,8 +488,8 @@ class Readings(NamedTuple):
 
     @staticmethod
     def empty(device: torch.device) -> Readings:
-        floats = [torch.empty((), device=device) for _ in range(3)]
-        return Readings(*floats, torch.empty((), dtype=torch.int64, device=device))
+        loss, prior, invariance = (torch.empty((), device=device) for _ in range(3))
+        return Readings(loss, prior, invariance, torch.empty((), dtype=torch.int64, device=device))
 
 
 def finish(
