@@ -397,7 +397,7 @@ MUTANTS = {
         "math.log2(n * world_size + 1)",
     ),
     "bits in another order": ("tiles.py", "(o_position % 32) // 2 + (o_position % 2) * 16", "o_position % 32"),
-    "one split of the product lost": ("gradient.py", "for _ in range(0, splits):", "for _ in range(0, 1):"),
+    "one split of the product lost": ("gradient.py", "for _ in range(splits):", "for _ in range(1):"),
     "quantum of the other view": (
         "gradient.py",
         "p_quantum + i_view * n + o_row",
