@@ -7,8 +7,10 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,15 @@ class Table:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _output(*command: str) -> str | None:
+    """What a command prints, in one line; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     table = Table()
@@ -86,7 +97,15 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
     }
+    if torch.cuda.is_available():
+        machine |= {
+            "gpu": torch.cuda.get_device_name(),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+            "cuda": torch.version.cuda,
+            "triton": metadata.version("triton"),
+        }
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
         print("\n".join(table.lines()))

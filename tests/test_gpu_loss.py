@@ -17,7 +17,7 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import gradient, hadamard, launch, loss, plan, statistics
+from falcon_fast.kernels.gpu import gradient, hadamard, launch, loss, plan, statistics, tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGE = Path(loss.__file__).parent
@@ -138,6 +138,25 @@ def test_columns_of_a_block_split_over_programs(monkeypatch) -> None:
     assert plan.hadamard_plan(6, 1024, 2048, (9, 0), 132).width < 32
     h1, h2 = embeddings(6, 1024)
     assert_close_to_reference(h1, h2, HadamardCodes(1024, 2048), temperature(1024, 2048, 32))
+
+
+@pytest.mark.parametrize("tiles", [shape for shapes in tuning.ALTERNATIVES.values() for shape in shapes[1:]], ids=str)
+def test_tuning_takes_the_fastest_and_changes_nothing_else(monkeypatch, tiles) -> None:
+    h1, h2 = embeddings(5, 64)
+    codes = RademacherCodes(64, 300)
+    tried = []
+
+    def milliseconds(h1, h2, words, shape):
+        tried.append(shape)
+        return 1.0 if shape == tiles else 2.0
+
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(tuning, "TUNING", True)
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setitem(tuning.ALTERNATIVES, 8, [tiles])
+    for _ in range(2):
+        assert_close_to_reference(h1, h2, codes, 2.0)
+    assert len(tried) == len(set(tried)) == 2 and set(tuning._fastest.values()) == {tiles}
 
 
 @pytest.mark.parametrize("plan", ["stored", "streaming"])

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from falcon_fast.kernels.gpu import hadamard
+from falcon_fast.kernels.gpu import hadamard, tuning
 from falcon_fast.kernels.gpu.cost import choose, nearest_device
 from falcon_fast.kernels.gpu.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.gradient import dz_in_place, library_product, packed_product
@@ -219,4 +219,7 @@ def falcon_loss_parts(
         return hadamard.hadamard_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)
     if is_hadamard:
         words = hadamard.as_dense(words, f, c)
-    return dense_loss(h1, h2, words.contiguous(), c, tau, beta, prior, group, chosen, with_gradient)
+    words = words.contiguous()
+    if tuning.TUNING:
+        chosen = chosen._replace(logits=tuning.fastest_logits(h1, h2, words, device_facts(h1.device)))
+    return dense_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)
