@@ -1,7 +1,7 @@
 """Trying block shapes on the GPU that is there, for who asks: FALCON_FAST_TUNE=1.
 
-Without it the fixed shapes of plan.py are used, so that nothing is compiled or timed at a first call but what runs. With it the first
-loss of a shape tries the alternatives below for the logits product, a second or two, and keeps the fastest for the process.
+Without it the fixed shapes of plan.py are used, and a first call compiles what it runs and no more. With it the first loss of a
+shape tries the alternatives below for the logits product, a second or two, and keeps the fastest for the process.
 """
 
 from __future__ import annotations
