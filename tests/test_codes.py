@@ -83,7 +83,9 @@ def test_coherence_between_blocks_beside_rademacher():
     for kind in (RademacherCodes, HadamardCodes):
         w = kind(f, c).dense()
         cosines = w[:, :f].T @ w[:, f:] / f  # of the first f codes with all the others
-        assert cosines.square().mean().sqrt().item() == pytest.approx(f**-0.5, rel=1e-6 if kind is HadamardCodes else 1e-2)
+        assert cosines.square().mean().sqrt().item() == pytest.approx(
+            f**-0.5, rel=1e-6 if kind is HadamardCodes else 1e-2
+        )
         largest[kind] = cosines.abs().max().item() * f**0.5
     assert largest[HadamardCodes] < largest[RademacherCodes] < 7
 

@@ -179,7 +179,9 @@ def _chosen(
     else:
         name = plan
         if plan == "auto":
-            model = nearest_device(facts.name, facts.capability)
+            model = nearest_device(facts.name, facts.capability)._replace(
+                capability=facts.capability, processors=facts.processors
+            )
             name = choose(n, f, c, "rademacher", model, memory_budget).name
         chosen = dense_plan(n, f, c, name == "stored", memory_budget, facts.capability, facts.processors)
         name = f"the {name} plan of the loss"

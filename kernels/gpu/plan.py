@@ -145,7 +145,7 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     width = b
     while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
         width //= 2
-    column_rows = max(1 if a > 1 else 16, (4096 if capability[0] == 8 else 8192) // (width * a))
+    column_rows = max(1 if a > 1 else 16, (8192 if capability[0] == 9 else 4096) // (width * a))
 
     def splits_for(programs: int) -> int:
         return max(1, min(blocks, -(-2 * processors // programs)))
