@@ -23,6 +23,7 @@ from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
+LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
 SOURCES = ("digits", "cifar10", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -36,9 +37,12 @@ class DataConfig:
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"
+    loader: str = "auto"  # auto: resident for what fits, DALI for image files, else workers
+    resident_mib: int = 2048  # up to this, decoded, a data set may lie on the device
     workers: int = (
         -1
     )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
+    max_bad_fraction: float = 0.01  # of the training images that may be unreadable; one always may, unless this is 0
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,7 @@ def validate(config: Config) -> Config:
     training, log, checkpoint = config.training, config.log, config.checkpoint
     for key, value, valid in (
         ("data.source", data.source, SOURCES),
+        ("data.loader", data.loader, LOADERS),
         ("model.stem", model.stem, STEMS),
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),
@@ -255,6 +260,8 @@ def validate(config: Config) -> Config:
     for key, number, least in (
         ("data.size", data.size, 0),
         ("data.workers", data.workers, -1),
+        ("data.resident_mib", data.resident_mib, 0),
+        ("data.max_bad_fraction", data.max_bad_fraction, 0),
         ("model.width", model.width, 1),
         ("loss.temperature_batch", loss.temperature_batch, 1),
         ("loss.beta", loss.beta, 0),

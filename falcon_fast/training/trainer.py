@@ -21,10 +21,12 @@ from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm
 from falcon_fast.config import Config
 from falcon_fast.data.augmentation import Augmentation, augmentation
 from falcon_fast.data.images import Source
+from falcon_fast.data.loader import choose_loader, training_batches
 from falcon_fast.data.photometric import augment
+from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
-from falcon_fast.data.workers import auto_workers, training_batches
+from falcon_fast.data.workers import auto_workers
 from falcon_fast.devices import find_device, mixed_precision
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.evaluation.clustering import nmi
@@ -37,6 +39,8 @@ from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import build_optimizer, learning_rate
 from falcon_fast.training.step import StepMetrics, training_step
 
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
+
 
 @dataclass
 class Run:
@@ -46,6 +50,7 @@ class Run:
     source: Source
     augmentation: Augmentation
     clock: Clock
+    loader: str
     device: torch.device
     amp_dtype: torch.dtype | None
     network: FalconNetwork
@@ -68,8 +73,13 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
+        training = self.config.training
         return {
             "data": self.source.fingerprint,
+            "seed": training.seed,
+            "global batch": training.batch_size,
+            "augmentation": repr(self.augmentation),
+            "view size": self.source.size,
             "codes": codes,
             "temperature": self.config.tau,
             "mean": list(self.source.mean),
@@ -86,6 +96,7 @@ def prepare(config: Config) -> Run:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
+    loader, loader_notes = choose_loader(config.data, source, recipe, device)
 
     network = build_network(config, source.size)
     if training.batch_size == 1 and has_batchnorm(network):
@@ -106,6 +117,7 @@ def prepare(config: Config) -> Run:
         source,
         recipe,
         clock,
+        loader,
         device,
         amp_dtype,
         network,
@@ -113,7 +125,7 @@ def prepare(config: Config) -> Run:
         criterion,
         probe,
         optimizer,
-        source.notes + notes,
+        source.notes + loader_notes + notes,
     )
 
 
@@ -126,6 +138,8 @@ def restore(run: Run, directory: Path) -> tuple[int, float]:
     path = checkpoint.latest(directory)
     facts = checkpoint.read_facts(path)
     for key, value in run.facts.items():
+        if key not in facts and key in LATER_FACTS:
+            continue
         if facts.get(key) != value:
             raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
     checkpoint.load(path, run.network, run.probe, run.optimizer)
@@ -170,9 +184,15 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     test_every = config.log.evaluate_epochs * per_epoch
     checkpoints = directory / "checkpoints"
     metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step)
-    batches = training_batches(
-        run.source.train, run.clock, run.source.size, range(start_step, total), run.device, run.workers
+    quarantine = Quarantine(
+        run.source.train.images,
+        config.data.max_bad_fraction,
+        directory / "quarantine.csv",
+        left_out=run.source.left_out,
+        say=lambda line: console.print(line, soft_wrap=True),
     )
+    steps = range(start_step, total)
+    batches = training_batches(run.loader, run.source, run.clock, steps, run.device, run.workers, quarantine=quarantine)
     mean, std = run.source.normalization(run.device)
     run.network.train()
     first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
@@ -250,9 +270,12 @@ def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str
 
 def _test(run: Run) -> dict[str, Any]:
     """The online probe and the clustering of the codes on the test split, in evaluation mode."""
-    test = run.source.test
+    bad: dict[int, str] = {}  # reported when the run ends, by the evaluation
+    seen = extract_assigned(
+        run.network, run.codes, run.config.tau, run.source.test, run.source, run.device, run.workers, bad
+    )
+    test = run.source.test.without(bad)
     assert run.probe is not None and test.labels is not None
-    seen = extract_assigned(run.network, run.codes, run.config.tau, test, run.source, run.device, run.workers)
     with torch.inference_mode():
         predicted = run.probe(torch.from_numpy(seen.features).to(run.device)).argmax(1).cpu().numpy()
     return {
