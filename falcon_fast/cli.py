@@ -111,6 +111,7 @@ CHANGEABLE = {
     "data.loader",
     "data.workers",
     "data.resident_mib",
+    "data.photometric",
     "data.max_bad_fraction",
     "training.device",
 }

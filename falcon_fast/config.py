@@ -24,6 +24,7 @@ from falcon_fast.objective.loss import PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
+PHOTOMETRIC = ("auto", "eager", "compiled")
 SOURCES = ("digits", "cifar10", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -42,6 +43,7 @@ class DataConfig:
     workers: int = (
         -1
     )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
+    photometric: str = "auto"  # jitter to normalise: eager, compiled, or auto, compiled where that pays
     max_bad_fraction: float = 0.01  # of the training images that may be unreadable; one always may, unless this is 0
 
 
@@ -248,6 +250,7 @@ def validate(config: Config) -> Config:
     for key, value, valid in (
         ("data.source", data.source, SOURCES),
         ("data.loader", data.loader, LOADERS),
+        ("data.photometric", data.photometric, PHOTOMETRIC),
         ("model.stem", model.stem, STEMS),
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),

@@ -20,9 +20,9 @@ from torch import nn
 from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm
 from falcon_fast.config import Config
 from falcon_fast.data.augmentation import Augmentation, augmentation
+from falcon_fast.data.fused import pays, photometric_stage
 from falcon_fast.data.images import Source
 from falcon_fast.data.loader import choose_loader, training_batches
-from falcon_fast.data.photometric import augment
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
@@ -184,12 +184,20 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     test_every = config.log.evaluate_epochs * per_epoch
     checkpoints = directory / "checkpoints"
     metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    # Decided for the whole run, so that a resumed one computes the same.
+    count, threads = 2 * config.training.batch_size, torch.get_num_threads()
+    worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
+    photometric = photometric_stage(run.augmentation, config.data.photometric, worthwhile, say)
     quarantine = Quarantine(
         run.source.train.images,
         config.data.max_bad_fraction,
         directory / "quarantine.csv",
         left_out=run.source.left_out,
-        say=lambda line: console.print(line, soft_wrap=True),
+        say=say,
     )
     steps = range(start_step, total)
     batches = training_batches(run.loader, run.source, run.clock, steps, run.device, run.workers, quarantine=quarantine)
@@ -220,7 +228,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             waiting = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - waiting
-            views = augment(batch.views, batch.parameters, mean, std, run.augmentation)
+            views = photometric(batch.views, batch.parameters, mean, std)
             scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
             metrics = training_step(
                 run.network, run.criterion, run.probe, run.optimizer, views, batch.labels, scale, run.amp_dtype
