@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from falcon_fast.data_cli import data
 from falcon_fast.errors import TrainingError, UsageError
 
 
@@ -17,6 +18,9 @@ from falcon_fast.errors import TrainingError, UsageError
 @click.version_option(package_name="falcon_fast")
 def cli() -> None:
     """Self-supervised learning that does not collapse: images without labels in, a backbone out, and the figures."""
+
+
+cli.add_command(data)
 
 
 @cli.command()

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from falcon_fast.data import manifest
 from falcon_fast.data.images import (
     ImageFiles,
     Source,
     Split,
     fingerprint,
-    header_size,
     held_out,
-    reason_of,
     shown,
 )
+from falcon_fast.data.manifest import Entry
 from falcon_fast.errors import UsageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -36,7 +35,8 @@ def _leads_back(folder: Path) -> bool:
     return any(parent.resolve().is_relative_to(target) for parent in folder.parents)
 
 
-def _image_paths(root: Path) -> list[Path]:
+def image_paths(root: Path) -> list[Path]:
+    """The image files of a folder, by their extensions, sorted; links are followed, hidden files and folders are not."""
     found: list[Path] = []
     # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
     for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
@@ -45,39 +45,38 @@ def _image_paths(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _sizes(paths: Sequence[Path]) -> list[tuple[int, int] | str]:
-    """(width, height) of each upright image from its header; where it is not an image, why."""
-
-    def size(path: Path) -> tuple[int, int] | str:
-        try:
-            return header_size(path)
-        except Exception as error:  # OSError, SyntaxError, struct.error, DecompressionBombError
-            return reason_of(error)
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(size, paths, chunksize=256))
-
-
 @dataclass(frozen=True)
 class _Scan:
     paths: list[Path]
     classes: list[str]  # of each path: its first folder below the root, or "" for an image that lies in the root itself
     sizes: list[tuple[int, int]]
+    reasons: list[str]  # why each of them does not decode, where a manifest knows
     unreadable: list[tuple[Path, str]]  # and why
 
 
-def _scan(root: Path) -> _Scan:
-    paths = _image_paths(root)
-    sizes = _sizes(paths)
-    readable = [(path, size) for path, size in zip(paths, sizes, strict=True) if not isinstance(size, str)]
-    kept = [path for path, _ in readable]
-    relative = [path.relative_to(root).parts for path in kept]
+def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
+    """The files below `root` among those that were looked at."""
+    below = [(path, entry) for path, entry in entries.items() if path.is_relative_to(root)]
+    readable = [(path, entry) for path, entry in below if entry.width]
+    relative = [path.relative_to(root).parts for path, _ in readable]
     return _Scan(
-        paths=kept,
+        paths=[path for path, _ in readable],
         classes=[parts[0] if len(parts) > 1 else "" for parts in relative],
-        sizes=[size for _, size in readable],
-        unreadable=[(path, size) for path, size in zip(paths, sizes, strict=True) if isinstance(size, str)],
+        sizes=[(entry.width, entry.height) for _, entry in readable],
+        reasons=[entry.reason for _, entry in readable],
+        unreadable=[(path, entry.reason) for path, entry in below if not entry.width],
     )
+
+
+def _look(root: Path, places: Sequence[Path]) -> tuple[dict[Path, Entry], tuple[str, ...]]:
+    """What is known of all image files in these places below `root`, and lines on the manifest."""
+    paths = [path for place in places for path in image_paths(place)]
+    entries, differing = manifest.scan(root, places, paths)
+    notes: tuple[str, ...] = ()
+    if differing:
+        files = "1 file" if differing == 1 else f"{differing} files"
+        notes = (f"the manifest of {shown(root)} did not match it ({files}): rebuilt",)
+    return dict(zip(paths, entries, strict=True)), notes
 
 
 def open_folder(root: Path, size: int) -> Source:
@@ -85,7 +84,9 @@ def open_folder(root: Path, size: int) -> Source:
     test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     if train_root is root:
         test_root = None  # `test` is then a class like any other
-    scans = [_scan(train_root)] + ([_scan(test_root)] if test_root else [])
+    places = [train_root] + ([test_root] if test_root else [])
+    entries, notes_on_manifest = _look(root, places)
+    scans = [_scan(place, entries) for place in places]
     for scan, place in zip(scans, (train_root, test_root), strict=False):
         if not scan.paths:
             reason = (
@@ -114,7 +115,7 @@ def open_folder(root: Path, size: int) -> Source:
         files = ImageFiles(tuple(str(scan.paths[i]) for i in chosen), tuple(scan.sizes[i] for i in chosen))
         return Split(files, labels)
 
-    notes = []
+    notes = list(notes_on_manifest)
     bad = [path for scan in scans for path in scan.unreadable]
     if bad:
         count = (
@@ -124,7 +125,7 @@ def open_folder(root: Path, size: int) -> Source:
         )
         notes.append(f"{count} left out, the first: {shown(bad[0][0])} ({bad[0][1]})")
     if test_root is not None:
-        train, test = split(scans[0]), split(scans[1])
+        train, test, kept = split(scans[0]), split(scans[1]), np.arange(len(scans[0].paths))
     else:
         everything = split(scans[0])
         kept, out = held_out(everything.labels, len(scans[0].paths), HELD_OUT)
@@ -151,5 +152,6 @@ def open_folder(root: Path, size: int) -> Source:
             for path, (width, height) in zip(scan.paths, scan.sizes, strict=True)
         ),
         notes=tuple(notes),
+        known_bad=tuple((i, scans[0].reasons[k]) for i, k in enumerate(kept.tolist()) if scans[0].reasons[k]),
         left_out=tuple((str(path), reason) for path, reason in scans[0].unreadable),
     )

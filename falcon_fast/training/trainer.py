@@ -196,6 +196,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         run.source.train.images,
         config.data.max_bad_fraction,
         directory / "quarantine.csv",
+        known=dict(run.source.known_bad),
         left_out=run.source.left_out,
         say=say,
     )
