@@ -25,7 +25,7 @@ from falcon_fast.objective.projector import ACTIVATIONS
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
 PHOTOMETRIC = ("auto", "eager", "compiled")
-SOURCES = ("digits", "cifar10", "folder")
+SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 IMPLEMENTATIONS = ("auto", *dict.fromkeys((*loss_implementations("cpu"), *loss_implementations("cuda"))))
@@ -34,7 +34,7 @@ STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "folder"  # which reader: digits, cifar10, folder
+    source: str = "folder"  # which reader: one of SOURCES
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
     )
 
 
-def _look(root: Path, places: Sequence[Path]) -> tuple[dict[Path, Entry], tuple[str, ...]]:
+def _look(root: Path, places: Sequence[Path], only: frozenset[str] | None) -> tuple[dict[Path, Entry], tuple[str, ...]]:
     """What is known of all image files in these places below `root`, and lines on the manifest."""
+    if only:
+        places = [place / name for place in places for name in sorted(only)]
     paths = [path for place in places for path in image_paths(place)]
     entries, differing = manifest.scan(root, places, paths)
     notes: tuple[str, ...] = ()
@@ -79,13 +82,29 @@ def _look(root: Path, places: Sequence[Path]) -> tuple[dict[Path, Entry], tuple[
     return dict(zip(paths, entries, strict=True)), notes
 
 
-def open_folder(root: Path, size: int) -> Source:
+def open_imagenet100(root: Path, size: int) -> Source:
+    """ImageNet's hundred classes of Contrastive Multiview Coding (Tian et al. 2020), from a folder that may hold all thousand.
+
+    Raises:
+        UsageError: class folders are missing.
+    """
+    names = (resources.files("falcon_fast.data") / "imagenet100.txt").read_text(encoding="utf-8").split()
+    return open_folder(root, size, frozenset(names))
+
+
+def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> Source:
+    """Any folder of images; with `only`, just these classes of it, all of which must be there."""
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     if train_root is root:
         test_root = None  # `test` is then a class like any other
     places = [train_root] + ([test_root] if test_root else [])
-    entries, notes_on_manifest = _look(root, places)
+    for folder in places if only else ():
+        if missing := sorted(name for name in only or () if not (folder / name).is_dir()):
+            raise UsageError(
+                f"--data {shown(folder)}: no class folder {missing[0]}, one of {len(missing)} of ImageNet-100 that are missing"
+            )
+    entries, notes_on_manifest = _look(root, places, only)
     scans = [_scan(place, entries) for place in places]
     for scan, place in zip(scans, (train_root, test_root), strict=False):
         if not scan.paths:
