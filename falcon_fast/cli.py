@@ -27,7 +27,7 @@ cli.add_command(data)
 @click.option(
     "--recipe",
     metavar="NAME",
-    help="What to train: digits (default), cifar10, cifar10-resnet8, cifar100, svhn, imagenet100, or folder (default with --data).",
+    help="What to train; `falcon-fast info` lists them. Default: digits, or folder with --data.",
 )
 @click.option(
     "--data",
