@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from falcon_fast.data_cli import data
 from falcon_fast.errors import TrainingError, UsageError
 
 
@@ -19,11 +20,14 @@ def cli() -> None:
     """Self-supervised learning that does not collapse: images without labels in, a backbone out, and the figures."""
 
 
+cli.add_command(data)
+
+
 @cli.command()
 @click.option(
     "--recipe",
     metavar="NAME",
-    help="What to train: digits (default), cifar10, cifar10-resnet8, or folder (default with --data).",
+    help="What to train; `falcon-fast info` lists them. Default: digits, or folder with --data.",
 )
 @click.option(
     "--data",
@@ -32,6 +36,7 @@ def cli() -> None:
 )
 @click.option("--epochs", type=int)
 @click.option("--batch-size", type=int, help="Images a step; each is seen in two views.")
+@click.option("--loader", metavar="NAME", help="auto (default), dali, resident, workers; synthetic to leave it out.")
 @click.option("--amp/--no-amp", default=None, help="bfloat16 autocast.")
 @click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
 @click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
@@ -68,11 +73,11 @@ def train(
         overrides["data.path"] = os.path.abspath(os.path.expanduser(overrides["data.path"]))
 
     if resume is not None:
-        extra = sorted(set(overrides) - {"data.path", "data.workers", "training.device"})
+        extra = sorted(set(overrides) - CHANGEABLE)
         if extra or recipe or run_dir:
             what = extra[0] if extra else "--recipe" if recipe else "--run-dir"
             raise UsageError(
-                f"--resume continues a run as it was: {what} cannot change (only --data, --device, data.workers can)"
+                f"--resume continues a run as it was: {what} cannot change (only --data, --device, --loader and its settings can)"
             )
         if not resume.is_dir():
             raise UsageError(f"--resume {resume}: no such run directory")
@@ -141,8 +146,20 @@ def plan(recipe: str, gpu: str, memory_budget: int | None, **options: Any) -> No
         click.echo(frozen)
 
 
+# What a resumed run may do differently: where its images and its work are, not what it learns.
+CHANGEABLE = {
+    "data.path",
+    "data.loader",
+    "data.workers",
+    "data.resident_mib",
+    "data.photometric",
+    "data.max_bad_fraction",
+    "training.device",
+}
+
 OPTION_KEYS = {
     "data": "data.path",
+    "loader": "data.loader",
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
     "amp": "training.amp",
@@ -164,7 +181,8 @@ def describe(run: Any, directory: Path, step: int) -> str:
         f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "
         f"{source.size} px; {config.model.name}, f = {config.loss.embedding_dim}, c = {config.loss.num_codes} "
         f"{config.loss.codes} codes, tau = {config.tau:.4g}\n"
-        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {run.device}, {precision}; "
+        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {run.device}, {precision}, "
+        f"loader {run.loader}; "
         f"run directory {directory}"
     )
 

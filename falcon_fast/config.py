@@ -23,7 +23,9 @@ from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
-SOURCES = ("digits", "cifar10", "folder")
+LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
+PHOTOMETRIC = ("auto", "eager", "compiled")
+SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
@@ -32,13 +34,17 @@ STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "folder"  # which reader: digits, cifar10, folder
+    source: str = "folder"  # which reader: one of SOURCES
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"
+    loader: str = "auto"  # auto: resident for what fits, DALI for image files, else workers
+    resident_mib: int = 2048  # up to this, decoded, a data set may lie on the device
     workers: int = (
         -1
     )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
+    photometric: str = "auto"  # jitter to normalise: eager, compiled, or auto, compiled where that pays
+    max_bad_fraction: float = 0.01  # of the training images that may be unreadable; one always may, unless this is 0
 
 
 @dataclass(frozen=True)
@@ -247,6 +253,8 @@ def validate(config: Config) -> Config:
     training, log, checkpoint = config.training, config.log, config.checkpoint
     for key, value, valid in (
         ("data.source", data.source, SOURCES),
+        ("data.loader", data.loader, LOADERS),
+        ("data.photometric", data.photometric, PHOTOMETRIC),
         ("model.stem", model.stem, STEMS),
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),
@@ -260,6 +268,8 @@ def validate(config: Config) -> Config:
     for key, number, least in (
         ("data.size", data.size, 0),
         ("data.workers", data.workers, -1),
+        ("data.resident_mib", data.resident_mib, 0),
+        ("data.max_bad_fraction", data.max_bad_fraction, 0),
         ("model.width", model.width, 1),
         ("loss.temperature_batch", loss.temperature_batch, 1),
         ("loss.beta", loss.beta, 0),

@@ -47,11 +47,11 @@ def load_text(tmp_path: Path, text: str) -> Config:
 
 
 def test_the_recipes_that_ship() -> None:
-    assert recipe_names() == ["cifar10", "cifar10-resnet8", "digits", "folder"]
+    assert recipe_names() == ["cifar10", "cifar10-resnet8", "cifar100", "digits", "folder", "imagenet100", "svhn"]
     assert all("\n" not in recipe_description(name) and len(recipe_description(name)) > 20 for name in recipe_names())
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10-resnet8", "digits", "folder"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-resnet8", "cifar100", "digits", "folder", "imagenet100", "svhn"])
 def test_a_recipe_is_valid_and_comes_back_from_its_dump(name: str, tmp_path: Path) -> None:
     config = load_recipe(name)
     assert config.recipe == name
@@ -249,7 +249,7 @@ def test_an_override_changes_that_value_alone() -> None:
 def test_an_unknown_recipe_gives_the_nearest() -> None:
     assert "'digits'" in one_line(load_recipe, "digit")
     assert "'cifar10-resnet8'" in one_line(load_recipe, "cifar10-resnet-8")
-    assert "cifar10, cifar10-resnet8, digits, folder" in one_line(load_recipe, "zzz")
+    assert "cifar10, cifar10-resnet8, cifar100, digits, folder, imagenet100, svhn" in one_line(load_recipe, "zzz")
     one_line(load_recipe, "../recipes/digits")
     one_line(load_recipe, "")
 

@@ -156,7 +156,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"training__seed": 1}, "codes"),
+        ({"training__seed": 1}, "seed"),
         ({"loss__temperature_batch": 16}, "temperature"),
         ({"loss__num_codes": 128}, "codes"),
     ],

@@ -19,12 +19,14 @@ from falcon_fast.config import DataConfig
 from falcon_fast.data.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
 from falcon_fast.data.images import ImageArray, ImageFiles, Split
 from falcon_fast.data.photometric import to_tensors
+from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock, affine_matrices, crop_boxes
 from falcon_fast.data.sources import open_source
-from falcon_fast.data.workers import Batch, auto_workers, evaluation_batches, training_batches
+from falcon_fast.data.workers import auto_workers, evaluation_batches, training_batches
 from falcon_fast.errors import UsageError
 
-CPU = torch.device("cpu")
+from .loaders import CPU, damage, same
+
 CROPPED = AUGMENTATIONS["imagenet-asymmetric"]
 
 
@@ -39,16 +41,6 @@ def array_split() -> Split:
     """50 images of 16 x 16 pixels in memory."""
     random = np.random.RandomState(3)
     return Split(ImageArray(random.randint(0, 256, (50, 16, 16, 3)).astype(np.uint8)), np.arange(50) % 7)
-
-
-def same(a: Batch, b: Batch) -> bool:
-    assert a.labels is not None and b.labels is not None
-    return (
-        a.step == b.step
-        and torch.equal(a.views, b.views)
-        and torch.equal(a.labels, b.labels)
-        and all(torch.equal(x, y) for x, y in zip(a.parameters, b.parameters, strict=True))
-    )
 
 
 def assert_no_workers_left() -> None:
@@ -232,33 +224,76 @@ def test_affine_maps_need_no_workers_and_crops_take_the_cores() -> None:
 # ---- what goes wrong ----
 
 
-def test_a_truncated_file_is_named(split: Split) -> None:
-    victim = Path(split.images.name(17))
-    victim.write_bytes(victim.read_bytes()[:900])  # the header is whole
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_replaced_by_the_next_image_of_the_epoch(split: Split, workers: int) -> None:
     clock = Clock(0, 36, 6, CROPPED)
-    position = int(np.flatnonzero(np.concatenate([clock.at(step).indices for step in range(6)]) == 17)[0])
+    good = list(training_batches(split, clock, 8, range(12), CPU, workers=0))
+    order = np.concatenate([clock.at(step).indices for step in range(6)])
+    # Two in a row, the last of the epoch, and another.
+    victims = [int(order[i]) for i in (3, 4, 35, 20)]
+    for victim, kind in zip(victims, ("truncated", "empty", "truncated", "html"), strict=True):
+        damage(Path(split.images.name(victim)), kind)
+    lines: list[str] = []
+    quarantine = Quarantine(split.images, 0.2, say=lines.append)
+    batches = list(training_batches(split, clock, 8, range(12), CPU, workers=workers, quarantine=quarantine))
+    assert [batch.step for batch in batches] == list(range(12))
+    assert set(quarantine.bad) == set(victims)
+    assert len(lines) == 4 and all("cannot be decoded" in line for line in lines)
+    assert all(any(split.images.name(victim) in line for line in lines) for victim in victims)
+    numbered = Split(split.images, np.arange(36))
+    seen = training_batches(numbered, clock, 8, range(6), CPU, workers=0, quarantine=quarantine)
+    shown = np.concatenate([batch.labels for batch in seen if batch.labels is not None])
+    expected = order.copy()
+    expected[3] = expected[4] = order[5]
+    expected[35], expected[20] = order[0], order[21]
+    assert shown.tolist() == expected.tolist()
+    for before, after in zip(good, batches, strict=True):  # no other position has shifted
+        replaced = torch.from_numpy(np.isin(clock.at(after.step).indices, victims)).repeat(2)
+        assert torch.equal(before.views[~replaced], after.views[~replaced])
+        assert all(torch.equal(x, y) for x, y in zip(before.parameters, after.parameters, strict=True))
+    assert_no_workers_left()
+
+
+def test_too_many_bad_files_stop_the_run_and_one_is_named(split: Split) -> None:
+    for victim in (3, 17):
+        damage(Path(split.images.name(victim)), "truncated")
     for workers in (0, 2):
-        steps = []
         with pytest.raises(UsageError) as caught:
-            for batch in training_batches(split, clock, 8, range(6), CPU, workers=workers):
-                steps.append(batch.step)
+            list(training_batches(split, Clock(0, 36, 6, CROPPED), 8, range(6), CPU, workers=workers))
         message = str(caught.value)
-        assert steps == list(range(position // 6))  # what comes before it has come
-        assert str(victim) in message and "cannot be decoded" in message and "\n" not in message
-        del caught
-        with pytest.raises(UsageError) as caught:
-            list(evaluation_batches(split, 8, CPU, batch_size=5, workers=workers))
-        message = str(caught.value)
-        assert str(victim) in message and "cannot be decoded" in message and "\n" not in message
+        assert "2 of 36 images cannot be decoded" in message and "\n" not in message
+        assert split.images.name(3) in message or split.images.name(17) in message
         del caught
     assert_no_workers_left()
 
 
-def test_a_file_that_vanishes_is_named(split: Split) -> None:
-    victim = Path(split.images.name(3))
-    victim.unlink()
-    with pytest.raises(UsageError, match=r"cannot be decoded \(.*No such file"):
+def test_a_disk_that_goes_away_stops_the_run(split: Split) -> None:
+    for i in range(36):
+        Path(split.images.name(i)).unlink()
+    with pytest.raises(UsageError, match=r"2 of 36 images cannot be decoded.*no such file"):
         list(training_batches(split, Clock(0, 36, 36, CROPPED), 8, range(1), CPU, workers=0))
+    with pytest.raises(UsageError, match="none of 36 images can be decoded"):
+        list(evaluation_batches(split, 8, CPU, bad={}))
+
+
+def test_evaluation_names_or_leaves_out_what_it_cannot_decode(split: Split) -> None:
+    victim = split.images.name(17)
+    whole = torch.cat(list(evaluation_batches(split, 8, CPU, batch_size=5)))
+    damage(Path(victim), "truncated")
+    for workers in (0, 2):
+        with pytest.raises(UsageError) as caught:
+            list(evaluation_batches(split, 8, CPU, batch_size=5, workers=workers))
+        message = str(caught.value)
+        assert victim in message and "cannot be decoded" in message and "\n" not in message
+        del caught
+        bad: dict[int, str] = {}
+        rest = torch.cat(list(evaluation_batches(split, 8, CPU, batch_size=5, workers=workers, bad=bad)))
+        assert list(bad) == [17] and torch.equal(rest, torch.cat([whole[:17], whole[18:]]))
+        assert split.labels is not None
+        without = split.without(bad)
+        assert without.labels is not None and without.labels.tolist() == np.delete(split.labels, 17).tolist()
+        assert torch.equal(rest, torch.cat(list(evaluation_batches(without, 8, CPU))))
+    assert_no_workers_left()
 
 
 def test_stopping_early_leaves_no_processes(split: Split) -> None:

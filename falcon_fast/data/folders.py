@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data.images import ImageFiles, Source, Split, fingerprint, held_out, shown
+from falcon_fast.data import manifest
+from falcon_fast.data.images import (
+    ImageFiles,
+    Source,
+    Split,
+    fingerprint,
+    held_out,
+    shown,
+)
+from falcon_fast.data.manifest import Entry
 from falcon_fast.errors import UsageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -27,7 +36,8 @@ def _leads_back(folder: Path) -> bool:
     return any(parent.resolve().is_relative_to(target) for parent in folder.parents)
 
 
-def _image_paths(root: Path) -> list[Path]:
+def image_paths(root: Path) -> list[Path]:
+    """The image files of a folder, by their extensions, sorted; links are followed, hidden files and folders are not."""
     found: list[Path] = []
     # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
     for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
@@ -36,51 +46,66 @@ def _image_paths(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _sizes(paths: Sequence[Path]) -> list[tuple[int, int] | None]:
-    """(width, height) from each file's header, 40 to 70 microseconds each; None where it is not an image."""
-    from PIL import Image
-
-    def size(path: Path) -> tuple[int, int] | None:
-        try:
-            with Image.open(path) as image:
-                return image.size
-        except (
-            Exception
-        ):  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error, DecompressionBombError
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(size, paths, chunksize=256))
-
-
 @dataclass(frozen=True)
 class _Scan:
     paths: list[Path]
     classes: list[str]  # of each path: its first folder below the root, or "" for an image that lies in the root itself
     sizes: list[tuple[int, int]]
-    unreadable: list[Path]
+    reasons: list[str]  # why each of them does not decode, where a manifest knows
+    unreadable: list[tuple[Path, str]]  # and why
 
 
-def _scan(root: Path) -> _Scan:
-    paths = _image_paths(root)
-    sizes = _sizes(paths)
-    readable = [(path, size) for path, size in zip(paths, sizes, strict=True) if size is not None]
-    kept = [path for path, _ in readable]
-    relative = [path.relative_to(root).parts for path in kept]
+def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
+    """The files below `root` among those that were looked at."""
+    below = [(path, entry) for path, entry in entries.items() if path.is_relative_to(root)]
+    readable = [(path, entry) for path, entry in below if entry.width]
+    relative = [path.relative_to(root).parts for path, _ in readable]
     return _Scan(
-        paths=kept,
+        paths=[path for path, _ in readable],
         classes=[parts[0] if len(parts) > 1 else "" for parts in relative],
-        sizes=[size for _, size in readable],
-        unreadable=[path for path, size in zip(paths, sizes, strict=True) if size is None],
+        sizes=[(entry.width, entry.height) for _, entry in readable],
+        reasons=[entry.reason for _, entry in readable],
+        unreadable=[(path, entry.reason) for path, entry in below if not entry.width],
     )
 
 
-def open_folder(root: Path, size: int) -> Source:
+def _look(root: Path, places: Sequence[Path], only: frozenset[str] | None) -> tuple[dict[Path, Entry], tuple[str, ...]]:
+    """What is known of all image files in these places below `root`, and lines on the manifest."""
+    if only:
+        places = [place / name for place in places for name in sorted(only)]
+    paths = [path for place in places for path in image_paths(place)]
+    entries, differing = manifest.scan(root, places, paths)
+    notes: tuple[str, ...] = ()
+    if differing:
+        files = "1 file" if differing == 1 else f"{differing} files"
+        notes = (f"the manifest of {shown(root)} did not match it ({files}): rebuilt",)
+    return dict(zip(paths, entries, strict=True)), notes
+
+
+def open_imagenet100(root: Path, size: int) -> Source:
+    """ImageNet's hundred classes of Contrastive Multiview Coding (Tian et al. 2020), from a folder that may hold all thousand.
+
+    Raises:
+        UsageError: class folders are missing.
+    """
+    names = (resources.files("falcon_fast.data") / "imagenet100.txt").read_text(encoding="utf-8").split()
+    return open_folder(root, size, frozenset(names))
+
+
+def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> Source:
+    """Any folder of images; with `only`, just these classes of it, all of which must be there."""
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     if train_root is root:
         test_root = None  # `test` is then a class like any other
-    scans = [_scan(train_root)] + ([_scan(test_root)] if test_root else [])
+    places = [train_root] + ([test_root] if test_root else [])
+    for folder in places if only else ():
+        if missing := sorted(name for name in only or () if not (folder / name).is_dir()):
+            raise UsageError(
+                f"--data {shown(folder)}: no class folder {missing[0]}, one of {len(missing)} of ImageNet-100 that are missing"
+            )
+    entries, notes_on_manifest = _look(root, places, only)
+    scans = [_scan(place, entries) for place in places]
     for scan, place in zip(scans, (train_root, test_root), strict=False):
         if not scan.paths:
             reason = (
@@ -106,9 +131,10 @@ def open_folder(root: Path, size: int) -> Source:
     def split(scan: _Scan, indices: Sequence[int] | np.ndarray | None = None) -> Split:
         chosen = range(len(scan.paths)) if indices is None else indices
         labels = np.array([numbers[scan.classes[i]] for i in chosen], np.int64) if labelled else None
-        return Split(ImageFiles(tuple(str(scan.paths[i]) for i in chosen)), labels)
+        files = ImageFiles(tuple(str(scan.paths[i]) for i in chosen), tuple(scan.sizes[i] for i in chosen))
+        return Split(files, labels)
 
-    notes = []
+    notes = list(notes_on_manifest)
     bad = [path for scan in scans for path in scan.unreadable]
     if bad:
         count = (
@@ -116,9 +142,9 @@ def open_folder(root: Path, size: int) -> Source:
             if len(bad) == 1
             else f"{len(bad)} files are no readable images and are"
         )
-        notes.append(f"{count} left out, the first: {shown(bad[0])}")
+        notes.append(f"{count} left out, the first: {shown(bad[0][0])} ({bad[0][1]})")
     if test_root is not None:
-        train, test = split(scans[0]), split(scans[1])
+        train, test, kept = split(scans[0]), split(scans[1]), np.arange(len(scans[0].paths))
     else:
         everything = split(scans[0])
         kept, out = held_out(everything.labels, len(scans[0].paths), HELD_OUT)
@@ -145,4 +171,6 @@ def open_folder(root: Path, size: int) -> Source:
             for path, (width, height) in zip(scan.paths, scan.sizes, strict=True)
         ),
         notes=tuple(notes),
+        known_bad=tuple((i, scans[0].reasons[k]) for i, k in enumerate(kept.tolist()) if scans[0].reasons[k]),
+        left_out=tuple((str(path), reason) for path, reason in scans[0].unreadable),
     )

@@ -7,16 +7,22 @@ applied), and labels where there are any; labels serve the probes and the evalua
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+
+# GIF is not among them: DALI reads none, and all loaders read the same.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
+TIFF_SIZE = (256, 257)
 
 
 class Images(Protocol):
@@ -47,9 +53,13 @@ class ImageArray:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images on disk, decoded when asked for."""
+    """Images on disk, decoded when asked for.
+
+    `sizes`, (width, height) of the upright image, are what a header scan found; None where nobody has scanned.
+    """
 
     paths: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,11 +72,35 @@ class ImageFiles:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Some of other images, by their numbers there."""
+
+    images: Images
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def image(self, index: int) -> Image:
+        return self.images.image(int(self.numbers[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.numbers[index]))
+
+
+@dataclass(frozen=True)
 class Split:
     """Images and their labels, int64 (n,), or None where the source has none."""
 
     images: Images
     labels: np.ndarray | None
+
+    def without(self, bad: Collection[int]) -> Split:
+        """What is left without these images; the split itself if there are none."""
+        if not bad:
+            return self
+        kept = np.setdiff1d(np.arange(len(self.images)), list(bad))
+        return Split(Chosen(self.images, kept), None if self.labels is None else self.labels[kept])
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,8 @@ class Source:
     std: tuple[float, float, float]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()  # files of the training split that are no readable images, and why
+    known_bad: tuple[tuple[int, str], ...] = ()  # its images that are known not to decode, by number, and why
 
     def normalization(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`mean` and `std` as float32 (3,) on `device`."""
@@ -100,11 +136,37 @@ def shown(path: str | Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def read_image(path: str) -> Image:
-    """Decode one file to upright RGB. Raises OSError or another of Pillow's errors when it cannot."""
+def header(path: str | Path) -> tuple[int, int, int]:
+    """(width, height) of the upright image and its EXIF orientation, 1 to 8, from a file's header, in 70 microseconds.
+
+    Raises as `read_image` does.
+    """
+    from PIL import Image
+
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # newer Pillows have turned the size already, older ones not
+            width, height = (image.tag_v2[tag] for tag in TIFF_SIZE)  # type: ignore[attr-defined]
+        # Of a PNG without EXIF Pillow's getexif would decode all pixels, in search of a chunk behind them.
+        elif not any(word in str(key).lower() for key in image.info for word in ("exif", "xmp")):
+            return width, height, 1
+        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
+        return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
+
+
+def header_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the upright image, by `header`."""
+    return header(path)[:2]
+
+
+def read_image(file: str | BinaryIO) -> Image:
+    """Decode one file to upright RGB. Raises OSError or another of Pillow's errors when it cannot, or when it is another
+    format than FORMATS.
+    """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    with Image.open(file, formats=FORMATS) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
             upright = Image.fromarray(np.clip(np.asarray(upright) >> 8, 0, 255).astype(np.uint8))
@@ -113,6 +175,16 @@ def read_image(path: str) -> Image:
         ):  # from P straight to RGB Pillow warns, image by image
             upright = upright.convert("RGBA")
         return upright.convert("RGB")
+
+
+def reason_of(error: BaseException) -> str:
+    """What was wrong with a file, in one line."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "cannot identify image file" in text:  # Pillow repeats the path, or an address in memory
+        return "not an image of a known format"
+    return text if text.isprintable() else repr(text)
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -1,8 +1,8 @@
 """What follows the crop, for all loaders: jitter, gray, blur, solarise, normalise, on device batches in float32.
 
 The arithmetic is torchvision v2's on float images in [0, 1], with parameters per image and no loop over images, no
-branch on data and no wait for the device: one graph that `torch.compile` takes whole. Which stages it has depends on
-the recipe alone.
+branch on data and no wait for the device. Which stages it has depends on the recipe alone. This is the reference;
+`fused` is the same arithmetic arranged for a compiler, three to four times as fast on a CPU.
 
 **Random order without branches.** Brightness, contrast and saturation are one form,
 
@@ -35,11 +35,11 @@ from torch import Tensor
 from falcon_fast.data.augmentation import Augmentation
 from falcon_fast.data.sampling import PhotometricParameters
 
-_GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 # The narrowest Gaussian whose neighbouring tap is zero in float32 (exp(-200)): sigma 0 becomes the identity without a
 # branch.
-_NO_BLUR = 0.05
+NO_BLUR = 0.05
 
 
 class PhotometricTensors(NamedTuple):
@@ -115,7 +115,7 @@ def _normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def _gray(x: Tensor) -> Tensor:
     """Luma of (N, 3, H, W): (N, 1, H, W)."""
     red, green, blue = x.split(1, dim=1)
-    return _GRAY_WEIGHTS[0] * red + _GRAY_WEIGHTS[1] * green + _GRAY_WEIGHTS[2] * blue
+    return GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
 
 
 def _jitter(x: Tensor, factors: Tensor, order: Tensor, augmentation: Augmentation) -> Tensor:
@@ -190,7 +190,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
         side = x.shape[axis]
         radius = min(math.ceil(3 * max_sigma), side - 1)
         offsets = torch.arange(radius + 1, device=x.device, dtype=torch.float32)
-        weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(_NO_BLUR)[:, None]) ** 2)
+        weights = torch.exp(-0.5 * (offsets / sigma.clamp_min(NO_BLUR)[:, None]) ** 2)
         weights = weights / (2 * weights.sum(1, keepdim=True) - 1)
         padding = (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius)
         padded = torch.nn.functional.pad(x, padding, mode="reflect")

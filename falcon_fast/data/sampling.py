@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -224,6 +225,13 @@ class Clock:
     @property
     def steps_per_epoch(self) -> int:
         return self.num_images // self.batch_size
+
+    def candidates(self, epoch: int, position: int) -> Iterator[int]:
+        """The image at a position of an epoch, then those that stand in for it where it cannot be read: the epoch's
+        order from there on, round its end, each image once.
+        """
+        order = _cached_order(self.seed, epoch, self.num_images)
+        return (int(order[(position + k) % self.num_images]) for k in range(self.num_images))
 
     def at(self, step: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
         """This rank's share of step `step` (counted from 0 over the whole run): a contiguous part of the global

@@ -1,4 +1,4 @@
-"""Sources by name: the digits here, CIFAR-10 and image folders in files of their own."""
+"""Sources by name: the digits here, the others in files of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from falcon_fast.data.cifar10 import open_cifar10
-from falcon_fast.data.folders import open_folder
+from falcon_fast.data.cifar import open_cifar10, open_cifar100
+from falcon_fast.data.folders import open_folder, open_imagenet100
 from falcon_fast.data.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.svhn import open_svhn
 from falcon_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from falcon_fast.config import DataConfig
+
+
+SMALL = {"cifar10": open_cifar10, "cifar100": open_cifar100, "svhn": open_svhn}
 
 
 def open_source(config: DataConfig) -> Source:
@@ -37,7 +41,9 @@ def open_source(config: DataConfig) -> Source:
             raise UsageError(f"--data {shown(root)}: no such path")
         if not root.is_dir():
             raise UsageError(f"--data {shown(root)}: not a folder (unpack an archive first)")
-        return open_cifar10(root, config.size or 32) if config.source == "cifar10" else open_folder(root, config.size)
+        if config.source in SMALL:
+            return SMALL[config.source](root, config.size or 32)
+        return open_imagenet100(root, config.size) if config.source == "imagenet100" else open_folder(root, config.size)
     except OSError as error:  # no permission, too long a name
         raise UsageError(f"--data {shown(config.path)}: {error.strerror or error}") from None
 

@@ -17,29 +17,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.augmentation import Augmentation
-from falcon_fast.data.images import Images, Split
-from falcon_fast.data.photometric import PhotometricTensors, to_tensors
+from falcon_fast.data.batch import Batch, labels_of
+from falcon_fast.data.images import Images, Split, reason_of
+from falcon_fast.data.photometric import to_tensors
+from falcon_fast.data.quarantine import Quarantine, load_share
 from falcon_fast.data.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
 from falcon_fast.errors import UsageError
 
 EVALUATION_CROP = 224 / 256  # of the short side, from this size up; smaller images are taken whole
 EVALUATION_CROP_FROM = 96
-
-
-class Batch(NamedTuple):
-    """What every loader yields for one step, on the device.
-
-    Attributes:
-        step: the optimisation step, counted over the whole run.
-        views: uint8 (2 B, 3, S, S), channels_last: view 1 of the B images, then view 2 of the same.
-        parameters: what the photometric stage does to each of the 2 B views.
-        labels: int64 (B,), or None without labels.
-    """
-
-    step: int
-    views: torch.Tensor
-    parameters: PhotometricTensors
-    labels: torch.Tensor | None
 
 
 def auto_workers(augmentation: Augmentation) -> int:
@@ -49,33 +35,32 @@ def auto_workers(augmentation: Augmentation) -> int:
     return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-class _Undecodable(NamedTuple):
-    """Travels from a worker in place of a batch: an exception would arrive wrapped in the worker's traceback."""
+class _Item(NamedTuple):
+    """One batch on its way from a worker."""
 
-    message: str
+    views: torch.Tensor  # uint8 (2 B, S, S, 3)
+    parameters: PhotometricParameters
+    indices: np.ndarray
+    found: dict[int, str]  # images that turned out bad
 
 
 class _StepBatches(Dataset):
-    """Item `step` is the batch of that step: uint8 views (2 B, S, S, 3), the photometric parameters, the image numbers."""
+    """Item `step` is the batch of that step; or, where more images than `limit` are bad, only which were found."""
 
-    def __init__(self, images: Images, clock: Clock, size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, images: Images, clock: Clock, size: int, rank: int, world_size: int, bad: dict[int, str], limit: int
+    ) -> None:
         self.images, self.clock, self.size = images, clock, size
         self.rank, self.world_size = rank, world_size
+        self.bad, self.limit = bad, limit
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, PhotometricParameters, np.ndarray] | _Undecodable:
+    def __getitem__(self, step: int) -> _Item | dict[int, str]:
         plan = self.clock.at(step, self.rank, self.world_size)
-        loaded = []
-        for index in plan.indices:
-            try:
-                loaded.append(self.images.image(int(index)))
-            except Exception as error:  # Pillow raises whatever its decoders do
-                return _Undecodable(
-                    f"{self.images.name(int(index))} cannot be decoded ({error}): "
-                    "mend it, then --resume; or remove it and start anew"
-                )
-        crop = self.clock.augmentation.crop is not None
-        views = _cropped(loaded, plan, self.clock, self.size) if crop else _warped(loaded, plan, self.clock, self.size)
-        return views, plan.photometric, plan.indices
+        share = load_share(self.clock, plan, self.images.image, self.bad, self.limit)
+        if isinstance(share, dict):
+            return share
+        make = _cropped if self.clock.augmentation.crop is not None else _warped
+        return _Item(make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.found)
 
 
 def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
@@ -98,20 +83,27 @@ def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Te
 
 
 def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
-    """uint8 (2 B, S, S, 3): the random affine map of each view, bilinear, black outside, mirrored where the clock says so."""
+    """uint8 (2 B, S, S, 3): the random affine map of each view."""
     rule = clock.augmentation.affine
     assert rule is not None
-    whole = torch.from_numpy(np.stack([np.asarray(_fit(image, size)) for image in images]))
-    source = whole.permute(0, 3, 1, 2).float().repeat(2, 1, 1, 1)
+    whole = torch.from_numpy(np.stack([np.asarray(fitted(image, size)) for image in images]))
     theta = torch.from_numpy(np.concatenate([affine_matrices(plan.geometry[view], rule) for view in range(2)]))
+    return warp(whole, theta, torch.from_numpy(plan.flips.reshape(-1)))
+
+
+def warp(images: torch.Tensor, theta: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Affine views, bilinear, black outside: uint8 (2 B, S, S, 3).
+
+    images: uint8 (B, S, S, 3).  theta: float32 (2 B, 2, 3), by `affine_matrices`.  flips: bool (2 B,), mirror afterwards.
+    """
+    source = images.permute(0, 3, 1, 2).float().repeat(2, 1, 1, 1)
     grid = torch.nn.functional.affine_grid(theta, list(source.shape), align_corners=False)
-    flips = torch.from_numpy(plan.flips.reshape(-1))
     grid = torch.where(flips[:, None, None, None], grid.flip(2), grid)
     warped = torch.nn.functional.grid_sample(source, grid, align_corners=False)
     return warped.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _fit(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, which is imported where it is used
+def fitted(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, which is imported where it is used
     """The image as evaluation sees it: short side resized, centre cropped, to the pixel as torchvision's transforms do.
 
     An image that has the size of a view already is taken as it is.
@@ -147,6 +139,7 @@ def training_batches(
     workers: int = -1,
     rank: int = 0,
     world_size: int = 1,
+    quarantine: Quarantine | None = None,
 ) -> Generator[Batch]:
     """Yield the batches of `steps`, in order, on `device`.
 
@@ -156,14 +149,16 @@ def training_batches(
         size: side S of a view in pixels.
         workers: worker processes; -1 for what suits the machine (`auto_workers`).
         rank, world_size: this process's share of the global batch.
+        quarantine: the bad images known so far, to which new ones are added; a new one, kept nowhere, if None.
 
     Raises:
-        UsageError: an image cannot be decoded; the message names the file.
+        UsageError: more images are bad than the quarantine allows; the message names one.
     """
+    quarantine = quarantine or Quarantine(split.images)
     count = auto_workers(clock.augmentation) if workers < 0 else workers
-    dataset = _StepBatches(split.images, clock, size, rank, world_size)
+    known, limit = dict(quarantine.bad), quarantine.limit
     loader = DataLoader(
-        dataset,
+        _StepBatches(split.images, clock, size, rank, world_size, known, limit),
         batch_size=None,
         sampler=steps,
         num_workers=min(count, max(1, len(steps))) if count else 0,
@@ -172,21 +167,20 @@ def training_batches(
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if count else None,
     )
-    labels = None if split.labels is None else torch.from_numpy(split.labels)
     for step, item in zip(steps, loader, strict=True):
-        if isinstance(item, _Undecodable):
-            raise UsageError(item.message)
-        views, parameters, indices = item
+        for index, reason in (item if isinstance(item, dict) else item.found).items():
+            quarantine.add(index, reason)
+        assert isinstance(item, _Item)  # a dictionary has more than the quarantine allows
         yield Batch(
             step=step,
-            views=views.to(device, non_blocking=True).permute(0, 3, 1, 2),
-            parameters=to_tensors(parameters, device),
-            labels=None if labels is None else labels[torch.as_tensor(indices)].to(device, non_blocking=True),
+            views=item.views.to(device, non_blocking=True).permute(0, 3, 1, 2),
+            parameters=to_tensors(item.parameters, device),
+            labels=labels_of(split.labels, item.indices, device),
         )
 
 
 class _Evaluated(Dataset):
-    """Item i is (uint8 (S, S, 3), i) of the image as evaluation sees it, or what is wrong with it."""
+    """Item i is image i as evaluation sees it, uint8 (S, S, 3), or why it cannot be decoded."""
 
     def __init__(self, images: Images, size: int) -> None:
         self.images, self.size = images, size
@@ -194,27 +188,35 @@ class _Evaluated(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> np.ndarray | _Undecodable:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
-            return np.asarray(_fit(self.images.image(index), self.size))
-        except Exception as error:  # Pillow raises whatever its decoders do
-            return _Undecodable(f"{self.images.name(index)} cannot be decoded ({error}): mend or remove it")
+            return index, np.asarray(fitted(self.images.image(index), self.size))
+        except (
+            Exception
+        ) as error:  # Pillow raises whatever its decoders do; as it is, it would come as a worker's traceback
+            return index, reason_of(error)
 
 
-def _stack(items: list[np.ndarray | _Undecodable]) -> torch.Tensor | _Undecodable:
-    for item in items:
-        if isinstance(item, _Undecodable):
-            return item
-    return torch.from_numpy(np.stack(items))
+def _stack(items: list[tuple[int, np.ndarray | str]]) -> tuple[torch.Tensor | None, dict[int, str]]:
+    good = [pixels for _, pixels in items if not isinstance(pixels, str)]
+    bad = {index: reason for index, reason in items if isinstance(reason, str)}
+    return torch.from_numpy(np.stack(good)) if good else None, bad
 
 
 def evaluation_batches(
-    split: Split, size: int, device: torch.device, batch_size: int = 256, workers: int = 0
+    split: Split,
+    size: int,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    bad: dict[int, str] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the split's images once, in order, centred and without augmentation: uint8 (<= batch_size, 3, S, S), channels_last.
 
+    bad: takes the images that cannot be decoded, number -> reason, which are then left out.
+
     Raises:
-        UsageError: an image cannot be decoded; the message names the file.
+        UsageError: an image cannot be decoded and `bad` is None; the message names the file.
     """
     loader = DataLoader(
         _Evaluated(split.images, size),
@@ -224,7 +226,14 @@ def evaluation_batches(
         worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
     )
-    for item in loader:
-        if isinstance(item, _Undecodable):
-            raise UsageError(item.message)
-        yield item.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    some = not len(split.images)
+    for images, found in loader:
+        for index, reason in found.items():
+            if bad is None:
+                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): mend or remove it")
+            bad[index] = reason
+        if images is not None:
+            some = True
+            yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    if not some:
+        raise UsageError(f"none of {len(split.images)} images can be decoded: is the disk still there?")

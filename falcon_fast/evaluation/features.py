@@ -47,15 +47,22 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
+# In all three, `bad` takes the images that cannot be decoded, number -> reason: they then have no row, and the rows are those of
+# `split.without(bad)`. Without it such an image is a UsageError.
 def extract_features(
-    network: FalconNetwork, split: Split, source: Source, device: torch.device, workers: int = 0
+    network: FalconNetwork,
+    split: Split,
+    source: Source,
+    device: torch.device,
+    workers: int = 0,
+    bad: dict[int, str] | None = None,
 ) -> np.ndarray:
     """The backbone's features of a split: float32 (n, d)."""
     mean, std = source.normalization(device)
     with evaluation_mode(network):
         parts = [
             network.backbone(normalize(images, mean, std)).float().cpu()
-            for images in evaluation_batches(split, source.size, device, workers=workers)
+            for images in evaluation_batches(split, source.size, device, workers=workers, bad=bad)
         ]
     return torch.cat(parts).numpy()
 
@@ -68,6 +75,7 @@ def extract_assigned(
     source: Source,
     device: torch.device,
     workers: int = 0,
+    bad: dict[int, str] | None = None,
 ) -> Assigned:
     """Features, embeddings and assignments of a split."""
     w = codes.dense(torch.float32)
@@ -75,14 +83,14 @@ def extract_assigned(
     mean, std = source.normalization(device)
     total = torch.zeros(codes.c, dtype=torch.float64, device=device)
     with evaluation_mode(network):
-        for images in evaluation_batches(split, source.size, device, workers=workers):
+        for images in evaluation_batches(split, source.size, device, workers=workers, bad=bad):
             feature, embedding = network(normalize(images, mean, std))
             logits = (embedding / tau) @ w
             features.append(feature.float().cpu())
             embeddings.append(embedding.cpu())
             assignments.append(logits.argmax(1).cpu())
             total += logits.softmax(1).double().sum(0)
-    n = len(split.images)
+    n = sum(map(len, features))
     return Assigned(
         torch.cat(features).numpy(),
         torch.cat(embeddings).numpy(),
@@ -91,11 +99,11 @@ def extract_assigned(
     )
 
 
-def raw_pixels(split: Split, source: Source, workers: int = 0) -> np.ndarray:
+def raw_pixels(split: Split, source: Source, workers: int = 0, bad: dict[int, str] | None = None) -> np.ndarray:
     """The images themselves as features: float32 (n, 3 s s) in [0, 1], s the side of a view or 32 where that is larger."""
     cpu = torch.device("cpu")
     parts = []
-    for images in evaluation_batches(split, source.size, cpu, workers=workers):
+    for images in evaluation_batches(split, source.size, cpu, workers=workers, bad=bad):
         pixels = images.float() / 255
         if source.size > PIXEL_SIDE:
             pixels = torch.nn.functional.interpolate(pixels, (PIXEL_SIDE, PIXEL_SIDE), mode="area")

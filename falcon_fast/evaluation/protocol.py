@@ -59,12 +59,24 @@ def evaluate_network(
     """The figures of `result.json`: `raw_pixels`, `random_init`, `trained` (with `collapse`). `say` gets a line a stage."""
     train, test, k = source.train, source.test, len(source.classes)
     labelled = train.labels is not None and test.labels is not None
+    bad_train: dict[int, str] = {}
+    bad_test: dict[int, str] = {}
+
+    def report(split: Split, bad: dict[int, str]) -> Split:
+        """After the first pass over a split: what of it can be decoded."""
+        for index, reason in bad.items():
+            say(f"left out, cannot be decoded: {split.images.name(index)} ({reason})")
+        return split.without(bad)
+
     results: dict[str, Any] = {"raw_pixels": dict(UNLABELLED), "random_init": dict(UNLABELLED)}
     if labelled:
         say("evaluating raw pixels")
-        results["raw_pixels"] = scores(
-            raw_pixels(train, source, workers), raw_pixels(test, source, workers), train, test, k, device
+        train_pixels, test_pixels = (
+            raw_pixels(train, source, workers, bad_train),
+            raw_pixels(test, source, workers, bad_test),
         )
+        train, test = report(train, bad_train), report(test, bad_test)
+        results["raw_pixels"] = scores(train_pixels, test_pixels, train, test, k, device)
 
         say("evaluating the network at random initialisation")
         untrained = build_network(config, source.size).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -73,7 +85,9 @@ def evaluate_network(
         results["random_init"] = scores(train_features, test_features, train, test, k, device)
 
     say("evaluating the trained network")
-    seen = extract_assigned(network, codes, config.tau, test, source, device, workers)
+    seen = extract_assigned(network, codes, config.tau, test, source, device, workers, None if labelled else bad_test)
+    if not labelled:
+        report(test, bad_test)
     trained = dict(UNLABELLED) | {"nmi_codes": None, "ari_codes": None, "accuracy_codes": None}
     if labelled:
         trained = scores(

@@ -20,11 +20,13 @@ from torch import nn
 from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm
 from falcon_fast.config import Config
 from falcon_fast.data.augmentation import Augmentation, augmentation
+from falcon_fast.data.fused import pays, photometric_stage
 from falcon_fast.data.images import Source
-from falcon_fast.data.photometric import augment
+from falcon_fast.data.loader import choose_loader, training_batches
+from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
-from falcon_fast.data.workers import auto_workers, training_batches
+from falcon_fast.data.workers import auto_workers
 from falcon_fast.devices import find_device, mixed_precision
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.evaluation.clustering import nmi
@@ -38,6 +40,8 @@ from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import build_optimizer, learning_rate
 from falcon_fast.training.step import StepMetrics, training_step
 
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
+
 
 @dataclass
 class Run:
@@ -47,6 +51,7 @@ class Run:
     source: Source
     augmentation: Augmentation
     clock: Clock
+    loader: str
     device: torch.device
     amp_dtype: torch.dtype | None
     network: FalconNetwork
@@ -69,8 +74,13 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
+        training = self.config.training
         return {
             "data": self.source.fingerprint,
+            "seed": training.seed,
+            "global batch": training.batch_size,
+            "augmentation": repr(self.augmentation),
+            "view size": self.source.size,
             "codes": codes,
             "temperature": self.config.tau,
             "mean": list(self.source.mean),
@@ -87,6 +97,7 @@ def prepare(config: Config) -> Run:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
+    loader, loader_notes = choose_loader(config.data, source, recipe, device)
 
     network = build_network(config, source.size)
     if training.batch_size == 1 and has_batchnorm(network):
@@ -116,6 +127,7 @@ def prepare(config: Config) -> Run:
         source,
         recipe,
         clock,
+        loader,
         device,
         amp_dtype,
         network,
@@ -123,7 +135,7 @@ def prepare(config: Config) -> Run:
         criterion,
         probe,
         optimizer,
-        source.notes + notes + ((frozen,) if frozen else ()),
+        source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
     )
 
 
@@ -136,6 +148,8 @@ def restore(run: Run, directory: Path) -> tuple[int, float]:
     path = checkpoint.latest(directory)
     facts = checkpoint.read_facts(path)
     for key, value in run.facts.items():
+        if key not in facts and key in LATER_FACTS:
+            continue
         if facts.get(key) != value:
             raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
     checkpoint.load(path, run.network, run.probe, run.optimizer)
@@ -180,9 +194,24 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     test_every = config.log.evaluate_epochs * per_epoch
     checkpoints = directory / "checkpoints"
     metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step)
-    batches = training_batches(
-        run.source.train, run.clock, run.source.size, range(start_step, total), run.device, run.workers
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    # Decided for the whole run, so that a resumed one computes the same.
+    count, threads = 2 * config.training.batch_size, torch.get_num_threads()
+    worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
+    photometric = photometric_stage(run.augmentation, config.data.photometric, worthwhile, say)
+    quarantine = Quarantine(
+        run.source.train.images,
+        config.data.max_bad_fraction,
+        directory / "quarantine.csv",
+        known=dict(run.source.known_bad),
+        left_out=run.source.left_out,
+        say=say,
     )
+    steps = range(start_step, total)
+    batches = training_batches(run.loader, run.source, run.clock, steps, run.device, run.workers, quarantine=quarantine)
     mean, std = run.source.normalization(run.device)
     run.network.train()
     first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
@@ -210,7 +239,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             waiting = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - waiting
-            views = augment(batch.views, batch.parameters, mean, std, run.augmentation)
+            views = photometric(batch.views, batch.parameters, mean, std)
             scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
             metrics = training_step(
                 run.network, run.criterion, run.probe, run.optimizer, views, batch.labels, scale, run.amp_dtype
@@ -260,9 +289,12 @@ def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str
 
 def _test(run: Run) -> dict[str, Any]:
     """The online probe and the clustering of the codes on the test split, in evaluation mode."""
-    test = run.source.test
+    bad: dict[int, str] = {}  # reported when the run ends, by the evaluation
+    seen = extract_assigned(
+        run.network, run.codes, run.config.tau, run.source.test, run.source, run.device, run.workers, bad
+    )
+    test = run.source.test.without(bad)
     assert run.probe is not None and test.labels is not None
-    seen = extract_assigned(run.network, run.codes, run.config.tau, test, run.source, run.device, run.workers)
     with torch.inference_mode():
         predicted = run.probe(torch.from_numpy(seen.features).to(run.device)).argmax(1).cpu().numpy()
     return {

@@ -1,0 +1,148 @@
+"""CIFAR-10 and CIFAR-100: the original binary or Python batches, or folders of their images."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from falcon_fast.data.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.small import open_small_folders
+from falcon_fast.errors import UsageError
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads CIFAR's original batches, dicts of bytes and numpy arrays, and refuses every other global: no code runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a CIFAR batch")
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """One of the two sets: how its original files are called and laid out, and what normalises it."""
+
+    name: str
+    classes: int
+    binary: str  # folder of the binary files
+    python: str  # folder of the pickled files
+    train: tuple[str, ...]
+    test: str
+    label_bytes: int  # before the pixels of a binary row; the last of them is the class
+    label_key: bytes  # of a pickled batch
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_CIFAR10 = _Cifar(
+    name="CIFAR-10",
+    classes=10,
+    binary="cifar-10-batches-bin",
+    python="cifar-10-batches-py",
+    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test="test_batch",
+    label_bytes=1,
+    label_key=b"labels",
+    mean=CIFAR10_MEAN,
+    std=CIFAR10_STD,
+)
+_CIFAR100 = _Cifar(
+    name="CIFAR-100",
+    classes=100,
+    binary="cifar-100-binary",
+    python="cifar-100-python",
+    train=("train",),
+    test="test",
+    label_bytes=2,  # coarse, fine
+    label_key=b"fine_labels",
+    mean=CIFAR100_MEAN,
+    std=CIFAR100_STD,
+)
+
+
+def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
+    """The original distribution's binary (`*.bin`) or Python (pickled) batches."""
+    pixels, labels = [], []
+    for name in names:
+        path = root / name
+        try:
+            if path.suffix == ".bin":
+                rows = np.fromfile(path, np.uint8).reshape(-1, kind.label_bytes + 3072)
+                label, image = rows[:, kind.label_bytes - 1], rows[:, kind.label_bytes :]
+            else:
+                with path.open("rb") as file:
+                    batch = _ArrayUnpickler(file, encoding="bytes").load()
+                label, image = np.asarray(batch[kind.label_key]), np.asarray(batch[b"data"])
+            if image.dtype != np.uint8 or image.shape != (len(label), 3072) or label.ndim != 1 or not len(label):
+                raise ValueError(f"{image.dtype} images of shape {image.shape} and {label.size} labels")
+            if not (np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() < kind.classes):
+                raise ValueError(f"labels beyond 0 to {kind.classes - 1}")
+        except Exception as error:  # a damaged pickle raises whatever its instructions run into
+            raise UsageError(
+                f"{shown(path)} is not a readable {kind.name} batch ({error}): unpack the archive again"
+            ) from None
+        labels.append(label)
+        pixels.append(image)
+    images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return Split(ImageArray(np.ascontiguousarray(images)), np.concatenate(labels).astype(np.int64))
+
+
+def _original(kind: _Cifar, root: Path) -> tuple[Path, Split, Split] | None:
+    """Where the original files lie, `root` or the folder of their archive in it, and both splits; None if nowhere."""
+    for inner, suffix in ((kind.binary, ".bin"), (kind.python, "")):
+        for place in (root, root / inner):
+            if (place / f"{kind.train[0]}{suffix}").is_file():
+                train = _original_batches(kind, place, [f"{name}{suffix}" for name in kind.train])
+                return place, train, _original_batches(kind, place, [f"{kind.test}{suffix}"])
+    return None
+
+
+def _open(kind: _Cifar, root: Path, size: int, classes: Any, files: str) -> Source:
+    notes: tuple[str, ...] = ()
+    if found := _original(kind, root):
+        place, train, test = found
+        names = classes(place)
+    else:
+        train, test, names, notes = open_small_folders(root, kind.name, kind.classes, files)
+    parts = [split.images.pixels.tobytes() for split in (train, test)]  # type: ignore[attr-defined]
+    parts += [split.labels.tobytes() for split in (train, test) if split.labels is not None]
+    return Source(train, test, names, size, kind.mean, kind.std, fingerprint(parts), notes)
+
+
+def open_cifar10(root: Path, size: int) -> Source:
+    """CIFAR-10 in any of its forms. Raises UsageError where it is none of them, or damaged."""
+    return _open(_CIFAR10, root, size, lambda place: CIFAR10_CLASSES, "data_batch_1 ...")
+
+
+def open_cifar100(root: Path, size: int) -> Source:
+    """CIFAR-100 with its hundred fine classes, in any of its forms. Raises UsageError where it is none of them, or damaged."""
+    return _open(_CIFAR100, root, size, _fine_names, "train and test")
+
+
+def _fine_names(place: Path) -> tuple[str, ...]:
+    """The names of the hundred classes beside the original files; their numbers where these are missing."""
+    try:
+        if (listed := place / "fine_label_names.txt").is_file():
+            names = listed.read_text(encoding="utf-8").split()
+        else:
+            with (place / "meta").open("rb") as file:
+                names = [name.decode() for name in _ArrayUnpickler(file, encoding="bytes").load()[b"fine_label_names"]]
+        if len(set(names)) == 100:
+            return tuple(names)
+    except Exception:  # a damaged pickle raises whatever its instructions run into; names are for display only
+        pass
+    return tuple(map(str, range(100)))

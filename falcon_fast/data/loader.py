@@ -1,0 +1,114 @@
+"""The one door to the loaders: which of them a run uses, and its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+import torch
+
+from falcon_fast.data import resident, synthetic, workers
+from falcon_fast.data.augmentation import Augmentation
+from falcon_fast.data.batch import Batch
+from falcon_fast.data.images import ImageFiles, Source
+from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.sampling import Clock
+from falcon_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from falcon_fast.config import DataConfig
+
+# On a CPU the resident loader's products grow with the cube of the side: Pillow is as fast at 64 px.
+RESIDENT_SIDE_ON_CPU = 48
+
+
+def choose_loader(
+    config: DataConfig, source: Source, augmentation: Augmentation, device: torch.device
+) -> tuple[str, tuple[str, ...]]:
+    """The loader that `data.loader` means here, and lines for the user.
+
+    auto: resident for what fits into `data.resident_mib` (on a CPU only up to 48 px); DALI for image files; else workers.
+
+    Raises:
+        UsageError: the loader that was asked for by name cannot do this.
+    """
+    images, mib = source.train.images, config.resident_mib
+    needed = resident.required_bytes(images)
+    fits = needed is not None and needed <= mib * 2**20
+    files = isinstance(images, ImageFiles)
+
+    if config.loader == "resident" and not fits:
+        if needed is None:
+            raise UsageError("the resident loader needs to know the images' sizes: use --loader workers")
+        raise UsageError(
+            f"the images take {needed / 2**20:,.0f} MiB decoded, more than data.resident_mib {mib}: "
+            "raise it, or use another loader"
+        )
+    if config.loader == "dali":
+        if augmentation.crop is None:
+            raise UsageError(f"DALI makes crops, augmentation {augmentation.name} affine maps: use --loader resident")
+        if not files:
+            raise UsageError("DALI decodes image files, these images lie in memory: use --loader resident")
+        if reason := _why_no_dali(device):
+            raise UsageError(f"DALI cannot start: {reason}; use --loader workers")
+    if config.loader != "auto":
+        return config.loader, ()
+
+    small = device.type == "cuda" or (needed is not None and _largest_side(source) <= RESIDENT_SIDE_ON_CPU)
+    if fits and small:
+        return "resident", ()
+    if files and augmentation.crop is not None:
+        if reason := _why_no_dali(device):
+            return "workers", (f"DALI cannot start ({reason}): worker processes decode instead, more slowly",)
+        return "dali", ()
+    return "workers", ()
+
+
+def _why_no_dali(device: torch.device) -> str | None:
+    try:
+        from falcon_fast.data import dali
+    except ImportError as error:
+        return f"{error}: pip install nvidia-dali-cuda130"
+    return dali.why_not(device)
+
+
+def _largest_side(source: Source) -> int:
+    images = source.train.images
+    if isinstance(images, ImageFiles):
+        return max(map(max, images.sizes or ()), default=0)
+    return max(images.image(0).size)
+
+
+def training_batches(
+    loader: str,
+    source: Source,
+    clock: Clock,
+    steps: range,
+    device: torch.device,
+    workers_count: int = -1,
+    rank: int = 0,
+    world_size: int = 1,
+    quarantine: Quarantine | None = None,
+) -> Generator[Batch]:
+    """Yield the batches of `steps`, in order, on `device`, by a loader that `choose_loader` named.
+
+    Args:
+        source: its training split is shown, in views of its size.
+        clock: which image, which crop, which jitter at each step.
+        workers_count: processes of the workers loader; -1 for what suits the machine.
+        rank, world_size: this process's share of the global batch.
+        quarantine: the bad images known so far, to which new ones are added.
+
+    Raises:
+        UsageError: more images are bad than the quarantine allows.
+    """
+    split, size = source.train, source.size
+    if loader == "synthetic":
+        return synthetic.training_batches(split, clock, size, steps, device, rank, world_size)
+    if loader == "workers":
+        return workers.training_batches(split, clock, size, steps, device, workers_count, rank, world_size, quarantine)
+    if loader == "resident":
+        return resident.training_batches(split, clock, size, steps, device, rank, world_size, quarantine)
+    from falcon_fast.data import dali
+
+    return dali.training_batches(split, clock, size, steps, device, rank, world_size, quarantine)

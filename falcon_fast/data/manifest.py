@@ -1,0 +1,157 @@
+"""What is known of the files of a folder, kept outside the folder: sizes, orientation, and which of them cannot be decoded.
+
+`falcon-fast data verify` writes it. Training reads it in place of the headers, opening no file that has kept its size
+and its time of change; and what cannot be decoded is in quarantine from the first step. A file that has changed is
+looked at again. One CSV a folder, under `$XDG_CACHE_HOME/falcon_fast/manifests` (`~/.cache/...`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from falcon_fast.data.images import header, read_image, reason_of
+
+COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decoded", "reason")
+
+
+class Entry(NamedTuple):
+    """One file. `width` and `height` are of the upright image, 0 where not even the header can be read."""
+
+    bytes: int
+    changed: int  # nanoseconds since 1970
+    width: int
+    height: int
+    orientation: int  # of EXIF, 1 to 8
+    decoded: bool  # looked at as a whole, not only at its header
+    reason: str  # why it cannot be decoded; empty if it can, or nobody has tried
+
+
+def manifest_path(root: Path) -> Path:
+    """Where the manifest of a folder is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    return cache / "falcon_fast" / "manifests" / f"{name}.csv"
+
+
+def read_manifest(root: Path) -> dict[str, Entry]:
+    """The manifest of a folder, by relative path; empty if there is none, without the rows that are damaged."""
+    entries = {}
+    try:
+        with manifest_path(root).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row in csv.reader(file):
+                try:
+                    name, size, changed, width, height, orientation, decoded, reason = row
+                    numbers = (int(size), int(changed), int(width), int(height), int(orientation))
+                    entries[name] = Entry(*numbers, decoded == "1", reason)
+                except ValueError:  # the header, or the last row of a verification that was killed
+                    continue
+    except (OSError, csv.Error):
+        return {}
+    return entries
+
+
+def write_manifest(root: Path, entries: Mapping[str, Entry]) -> Path:
+    """Write the manifest whole or not at all; returns where. Raises OSError where the cache cannot be written."""
+    path = manifest_path(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(_row(name, entries[name]) for name in sorted(entries))
+    partial.replace(path)
+    return path
+
+
+def _row(name: str, entry: Entry) -> tuple[object, ...]:
+    return (name, *entry[:5], int(entry.decoded), entry.reason)
+
+
+def examine(path: Path, whole: bool) -> Entry:
+    """Look at a file: at its header, or decode it."""
+    size = changed = width = height = 0
+    orientation = 1
+    try:
+        status = path.stat()
+        size, changed = status.st_size, status.st_mtime_ns
+        width, height, orientation = header(path)
+        if whole:
+            read_image(str(path))
+        reason = ""
+    except Exception as error:  # Pillow raises whatever its decoders do
+        reason = reason_of(error)
+    return Entry(size, changed, width, height, orientation, whole, reason)
+
+
+def _unchanged(path: Path, entry: Entry) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (entry.bytes, entry.changed)
+
+
+def scan(root: Path, places: Sequence[Path], paths: Sequence[Path]) -> tuple[list[Entry], int]:
+    """What is known of the files in these places of a folder: by its manifest where the file has not changed, else by header.
+
+    Returns the entries, and how many of the manifest's no longer held; it has then been rebuilt.
+    """
+    known = read_manifest(root)
+    names = [str(path.relative_to(root)) for path in paths]
+
+    def look(index: int) -> Entry:
+        entry = known.get(names[index])
+        return entry if entry and _unchanged(paths[index], entry) else examine(paths[index], whole=False)
+
+    with ThreadPoolExecutor() as pool:
+        entries = list(pool.map(look, range(len(paths)), chunksize=256))
+    if not known:
+        return entries, 0
+    found = dict(zip(names, entries, strict=True))
+    here = {name for name in known if any((root / name).is_relative_to(place) for place in places)}
+    differing = sum(known.get(name) != found.get(name) for name in here | found.keys())
+    if differing:
+        with contextlib.suppress(OSError):  # the cache may have become read-only: the scan holds all the same
+            write_manifest(root, {name: known[name] for name in known.keys() - here} | found)
+    return entries, differing
+
+
+def verify(root: Path, paths: Iterable[Path], bad: Callable[[Path, str], None], done: Callable[[], None]) -> int:
+    """Decode every file of a folder that the manifest has not seen decoded, and complete the manifest; returns how many are bad.
+
+    Rows are written as they come, so that one that was stopped goes on where it was. `bad` gets each bad file, old ones too, and
+    `done` is called for each file.
+
+    Raises:
+        OSError: the manifest cannot be written.
+    """
+    known, entries = read_manifest(root), {}
+    path = write_manifest(root, known)
+
+    def look(each: Path) -> tuple[Path, Entry]:
+        entry = known.get(str(each.relative_to(root)))
+        return each, entry if entry and entry.decoded and _unchanged(each, entry) else examine(each, whole=True)
+
+    with (
+        path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ThreadPoolExecutor() as pool,
+    ):
+        writer = csv.writer(file)
+        for each, entry in pool.map(look, paths):
+            name = str(each.relative_to(root))
+            entries[name] = entry
+            if known.get(name) != entry:
+                writer.writerow(_row(name, entry))
+                file.flush()
+            if entry.reason:
+                bad(each, entry.reason)
+            done()
+    write_manifest(root, entries)
+    return sum(bool(entry.reason) for entry in entries.values())

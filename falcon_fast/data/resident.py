@@ -1,0 +1,233 @@
+"""The resident loader: the whole data set on the device as uint8, crops and affine maps made there.
+
+For sets that fit (CIFAR, SVHN, digits, folders of small images) nothing is decoded twice and no process copies anything: a step
+is a few batched tensor operations on the device. The clock's numbers of a whole epoch go up at once.
+
+**The crop is Pillow's, to the bit**, where it is enlarged. Pillow resizes by fixed-point weights, integers of 22 bits,
+first along x and then along y, each time rounded to uint8. Here both passes are products with one matrix an image, of
+those same integers in float64: every sum stays below 2^53 and is exact in whatever order it is taken, so that neither
+the device, nor the size of the batch, nor the number of ranks changes a pixel. (In float32 they would, now and then.)
+Where a region is reduced, recent Pillows go along y first if that is cheaper, which changes a pixel by a level here and
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from falcon_fast.data.batch import Batch
+from falcon_fast.data.images import ImageArray, ImageFiles, Images, Split, reason_of
+from falcon_fast.data.photometric import PhotometricTensors, to_tensors
+from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
+from falcon_fast.data.workers import fitted, warp
+
+SUPPORT = 2.0  # of the bicubic filter, in pixels
+PRECISION_BITS = 22  # of Pillow's weights
+CHUNK = 1 << 25  # pixels' channels resized at once, in float64: 256 MiB
+
+
+def bicubic(x: torch.Tensor) -> torch.Tensor:
+    """The cubic convolution kernel with a = -1/2 (Keys, 1981), Pillow's BICUBIC."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor | None, size: int, side: int) -> torch.Tensor:
+    """What each output pixel takes from each input pixel along one axis: float64 (n, size, side), integers, 2^22 = 1.
+
+    start, length: int64 (n,), the region.  flip: bool (n,), the output in reverse, or None.  side: of the images, pixels.
+    """
+    out = torch.arange(size, device=start.device, dtype=torch.float64)
+    scale = length.double() / size
+    if flip is not None:
+        out = torch.where(flip[:, None], size - 1 - out, out)
+    reach = scale.clamp_min(1.0)[:, None]
+    centre = (out + 0.5) * scale[:, None]  # from the start of the region: (n, size)
+    # Outside the region there is nothing, as Pillow sees a crop: its weights are cut there and rescaled.
+    first = (centre - SUPPORT * reach + 0.5).trunc().clamp_min(0)[..., None]
+    last = torch.minimum((centre + SUPPORT * reach + 0.5).trunc(), length[:, None].double())[..., None]
+    pixel = (torch.arange(side, device=start.device) - start[:, None]).double()[:, None]  # (n, 1, side)
+    w = bicubic((pixel - centre[..., None] + 0.5) / reach[..., None])
+    w = torch.where((pixel >= first) & (pixel < last), w, 0.0)
+    w = w / w.sum(2, keepdim=True) * (1 << PRECISION_BITS)
+    return (w.abs() + 0.5).floor() * w.sign()
+
+
+def crop(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int) -> torch.Tensor:
+    """Regions resized by antialiased bicubic interpolation: uint8 (n, 3, S, S), channels_last.
+
+    images: uint8 (n, H, W, 3).  boxes: int64 (n, 4), top, left, height, width.  flips: bool (n,), mirror left to right.
+    No step waits for the device or depends on a value on the host: it can be captured in a CUDA graph.
+    """
+    n, height, width, channels = images.shape
+    if (rows_at_once := max(1, CHUNK // images[:1].numel())) < n:
+        parts = zip(images.split(rows_at_once), boxes.split(rows_at_once), flips.split(rows_at_once), strict=True)
+        return torch.cat([crop(*part, size=size) for part in parts])
+    top, left, rows, columns = boxes.unbind(1)
+
+    def rounded(sums: torch.Tensor) -> torch.Tensor:
+        return ((sums + (1 << (PRECISION_BITS - 1))) / (1 << PRECISION_BITS)).floor().clamp(0, 255)
+
+    across = weights(left, columns, flips, size, width)
+    down = weights(top, rows, None, size, height)
+    # (n, S, W) x (n, W, H 3), then (n, S, H) x (n, H, S 3): both passes are one product an image.
+    x = rounded(across @ images.double().transpose(1, 2).reshape(n, width, height * channels))
+    x = x.view(n, size, height, channels).transpose(1, 2).reshape(n, height, size * channels)
+    return rounded(down @ x).view(n, size, size, channels).to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def required_bytes(images: Images) -> int | None:
+    """What the images take on the device: all padded to the largest height and width. None where no header was scanned."""
+    if isinstance(images, ImageArray):
+        return images.pixels.nbytes
+    if isinstance(images, ImageFiles) and images.sizes is not None:
+        width, height = np.array(images.sizes).max(0).tolist()
+        return len(images) * width * height * 3
+    return None
+
+
+class _Epoch(NamedTuple):
+    """The clock's numbers of one rank's share of an epoch, or what of it is still to come, on the device."""
+
+    number: int
+    first_step: int
+    indices: torch.Tensor  # int64 (T, n)
+    geometry: torch.Tensor  # boxes int64 (T, 2, n, 4), or affine maps float32 (T, 2, n, 2, 3)
+    flips: torch.Tensor  # bool (T, 2, n)
+    parameters: PhotometricTensors  # (T 2 n) rows
+
+
+class ResidentImages:
+    """A split's images on the device. Images that cannot be decoded go into the quarantine, all at the start.
+
+    Args:
+        size: side S of a view in pixels.
+        affine: the views are affine maps, which take each image as evaluation sees it.
+
+    Raises:
+        UsageError: more images are bad than the quarantine allows.
+    """
+
+    def __init__(self, split: Split, size: int, affine: bool, device: torch.device, quarantine: Quarantine) -> None:
+        images = split.images
+        self.size, self.affine, self.device = size, affine, device
+        if isinstance(images, ImageArray) and not affine:
+            pixels, sizes = images.pixels, np.tile(images.pixels.shape[2:0:-1], (len(images), 1))
+        else:
+            pixels, sizes = self._decoded(images, quarantine)
+        self.pixels = torch.from_numpy(pixels).to(device)
+        self.sizes = sizes  # int64 (n, 2), width and height
+        self.labels = None if split.labels is None else torch.from_numpy(split.labels).to(device)
+
+    def _decoded(self, images: Images, quarantine: Quarantine) -> tuple[np.ndarray, np.ndarray]:
+        def decode(index: int) -> np.ndarray | str:
+            if index in quarantine.bad:
+                return quarantine.bad[index]
+            try:
+                image = images.image(index)
+                return np.asarray(fitted(image, self.size) if self.affine else image)
+            except Exception as error:  # Pillow raises whatever its decoders do
+                return reason_of(error)
+
+        with ThreadPoolExecutor() as pool:
+            decoded = list(pool.map(decode, range(len(images)), chunksize=64))
+        for index, image in enumerate(decoded):
+            if isinstance(image, str):
+                quarantine.add(index, image)
+        empty = np.zeros((1, 1, 3), np.uint8)
+        good = [empty if isinstance(image, str) else image for image in decoded]
+        sizes = np.array([image.shape[1::-1] for image in good])
+        width, height = sizes.max(0)
+        pixels = np.zeros((len(good), height, width, 3), np.uint8)
+        for index, image in enumerate(good):
+            pixels[index, : image.shape[0], : image.shape[1]] = image
+        return pixels, sizes
+
+    def views(self, indices: torch.Tensor, geometry: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+        """Both views of n images: uint8 (2 n, 3, S, S), channels_last. No host value is read: a CUDA graph can hold it.
+
+        indices: int64 (n,).  geometry: boxes int64 (2, n, 4), or affine maps float32 (2, n, 2, 3).  flips: bool (2, n).
+        """
+        images = self.pixels[indices]
+        if self.affine:
+            return warp(images, geometry.flatten(0, 1), flips.flatten()).permute(0, 3, 1, 2)
+        return crop(images.repeat(2, 1, 1, 1), geometry.flatten(0, 1), flips.flatten(), self.size)
+
+    def epoch(self, plans: list[BatchPlan], clock: Clock, bad: dict[int, str]) -> _Epoch:
+        """The numbers of these steps of one epoch, on the device, in a few copies that nobody waits for."""
+        augmentation = clock.augmentation
+        indices = np.stack([plan.indices for plan in plans])
+        if bad:
+            for plan, row in zip(plans, indices, strict=True):
+                for i, position in enumerate(plan.positions):
+                    if int(row[i]) in bad:
+                        row[i] = next(k for k in clock.candidates(plan.epoch, int(position)) if k not in bad)
+        uniform = np.stack([plan.geometry for plan in plans])  # (T, 2, n, G)
+        steps, _, n, columns = uniform.shape
+        flat = uniform.reshape(-1, columns)
+        if augmentation.crop is not None:
+            width, height = np.repeat(self.sizes[indices][:, None], 2, 1).reshape(-1, 2).T
+            geometry: np.ndarray = crop_boxes(flat, height, width, augmentation.crop)
+        else:
+            assert augmentation.affine is not None
+            geometry = affine_matrices(flat, augmentation.affine)
+        photometric = type(plans[0].photometric)(
+            *(np.concatenate(column) for column in zip(*(plan.photometric for plan in plans), strict=True))
+        )
+
+        def up(array: np.ndarray) -> torch.Tensor:
+            tensor = torch.from_numpy(array)
+            tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+            return tensor.to(self.device, non_blocking=True)
+
+        return _Epoch(
+            number=plans[0].epoch,
+            first_step=plans[0].step,
+            indices=up(indices),
+            geometry=up(geometry.reshape(steps, 2, n, *geometry.shape[1:])),
+            flips=up(np.stack([plan.flips for plan in plans])),
+            parameters=to_tensors(photometric, self.device),
+        )
+
+
+def training_batches(
+    split: Split,
+    clock: Clock,
+    size: int,
+    steps: range,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    quarantine: Quarantine | None = None,
+) -> Generator[Batch]:
+    """Yield the batches of `steps`, in order, on `device`: as `workers.training_batches` does, bit for bit.
+
+    Raises:
+        UsageError: more images are bad than the quarantine allows; the message names one.
+    """
+    if not steps:
+        return
+    quarantine = quarantine or Quarantine(split.images)
+    resident = ResidentImages(split, size, clock.augmentation.affine is not None, device, quarantine)
+    per_epoch, epoch = clock.steps_per_epoch, None
+    for step in steps:
+        if epoch is None or step // per_epoch != epoch.number:
+            rest = range(step, min(steps.stop, (step // per_epoch + 1) * per_epoch))
+            epoch = resident.epoch([clock.at(each, rank, world_size) for each in rest], clock, quarantine.bad)
+        at = step - epoch.first_step
+        indices = epoch.indices[at]
+        rows = slice(at * 2 * len(indices), (at + 1) * 2 * len(indices))
+        yield Batch(
+            step=step,
+            views=resident.views(indices, epoch.geometry[at], epoch.flips[at]),
+            parameters=PhotometricTensors(*(column[rows] for column in epoch.parameters)),
+            labels=None if resident.labels is None else resident.labels[indices],
+        )

@@ -1,0 +1,44 @@
+"""SVHN, cropped digits: the original `train_32x32.mat` and `test_32x32.mat`, or folders of their images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from falcon_fast.data.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.small import open_small_folders
+from falcon_fast.errors import UsageError
+
+SVHN_MEAN, SVHN_STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
+SVHN_CLASSES = tuple("0123456789")
+
+
+def _read(path: Path) -> Split:
+    """One MATLAB file: X uint8 (32, 32, 3, n), y (n, 1) with 10 for the digit 0."""
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path, variable_names=("X", "y"))
+        pixels, labels = np.moveaxis(content["X"], 3, 0), content["y"].reshape(-1)
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3) or not len(labels):
+            raise ValueError(f"{pixels.dtype} images of shape {pixels.shape} and {labels.size} labels")
+        if not (np.issubdtype(labels.dtype, np.integer) and labels.min() >= 1 and labels.max() <= 10):
+            raise ValueError("labels beyond 1 to 10")
+    except Exception as error:  # scipy raises whatever a damaged file runs it into
+        raise UsageError(f"{shown(path)} is not a readable SVHN file ({error}): download it again") from None
+    return Split(ImageArray(np.ascontiguousarray(pixels)), labels.astype(np.int64) % 10)
+
+
+def open_svhn(root: Path, size: int) -> Source:
+    """SVHN in either form; `extra_32x32.mat` is left alone. Raises UsageError where it is none of them, or damaged."""
+    notes: tuple[str, ...] = ()
+    files = [root / f"{split}_32x32.mat" for split in ("train", "test")]
+    if any(file.is_file() for file in files):
+        train, test = map(_read, files)
+        names = SVHN_CLASSES
+    else:
+        train, test, names, notes = open_small_folders(root, "SVHN", 10, "train_32x32.mat and test_32x32.mat")
+    parts = [split.images.pixels.tobytes() for split in (train, test)]  # type: ignore[attr-defined]
+    parts += [split.labels.tobytes() for split in (train, test) if split.labels is not None]
+    return Source(train, test, names, size, SVHN_MEAN, SVHN_STD, fingerprint(parts), notes)

@@ -1,0 +1,35 @@
+"""Random views that lie on the device already: what a run would do if its loader cost nothing.
+
+A run with `--loader synthetic` against the same run with its own loader shows which of the two limits it. It learns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+
+from falcon_fast.data.batch import Batch, labels_of
+from falcon_fast.data.images import Split
+from falcon_fast.data.photometric import to_tensors
+from falcon_fast.data.sampling import Clock
+
+
+def training_batches(
+    split: Split,
+    clock: Clock,
+    size: int,
+    steps: range,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Generator[Batch]:
+    """Yield `steps` with the clock's photometric parameters and labels, and the same random pixels each time."""
+    share = clock.batch_size // world_size
+    generator = torch.Generator().manual_seed(clock.seed + rank)
+    pixels = torch.randint(0, 256, (2 * share, size, size, 3), dtype=torch.uint8, generator=generator)
+    views = pixels.to(device).permute(0, 3, 1, 2)
+    for step in steps:
+        plan = clock.at(step, rank, world_size)
+        labels = labels_of(split.labels, plan.indices, device)
+        yield Batch(step, views, to_tensors(plan.photometric, device), labels)

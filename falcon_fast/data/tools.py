@@ -1,0 +1,128 @@
+"""What `falcon-fast data` does: pack a folder, and show what a recipe makes of its images. (`verify` is in `manifest`.)"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from falcon_fast.data.augmentation import augmentation
+from falcon_fast.data.images import read_image, reason_of, shown
+from falcon_fast.data.loader import choose_loader, training_batches
+from falcon_fast.data.photometric import augment
+from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.sampling import Clock
+from falcon_fast.data.sources import open_source
+from falcon_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from falcon_fast.config import Config
+
+GAP = 4  # pixels between the pictures of a preview
+ROWS = 8  # of a preview, then another column of triples begins
+
+
+def packed_names(root: Path, paths: Iterable[Path]) -> dict[Path, Path]:
+    """What each file is called when packed: its own relative path, ending in .jpg; in full before that where two would be one."""
+    relative = {path: path.relative_to(root) for path in paths}
+    stems = [name.with_suffix("") for name in relative.values()]
+    twice = {
+        stem for stem, count in zip(*np.unique(list(map(str, stems)), return_counts=True), strict=True) if count > 1
+    }
+    return {
+        path: name.with_name(f"{name.name}.jpg") if str(name.with_suffix("")) in twice else name.with_suffix(".jpg")
+        for path, name in relative.items()
+    }
+
+
+def pack(
+    root: Path,
+    out: Path,
+    paths: Iterable[Path],
+    short_side: int,
+    quality: int,
+    bad: Callable[[Path, str], None],
+    done: Callable[[], None],
+) -> int:
+    """Write every image as a JPEG of at most `short_side` pixels on its short side; returns how many cannot be decoded.
+
+    Folders and names stay; what is there already is left alone, so that one that was stopped goes on where it was. Upright, RGB,
+    reduced by Lanczos' filter, never enlarged.
+
+    Raises:
+        UsageError: `out` is the folder itself, or inside it.
+        OSError: a file cannot be written.
+    """
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"{shown(out)} lies inside {shown(root)}: pack into a folder beside it")
+    names = packed_names(root, paths)
+
+    def convert(path: Path) -> tuple[Path, str]:
+        target = out / names[path]
+        if target.exists():
+            return path, ""
+        try:
+            image = _reduced(read_image(str(path)), short_side)
+        except Exception as error:  # Pillow raises whatever its decoders do
+            return path, reason_of(error)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        image.save(partial, "JPEG", quality=quality)
+        partial.replace(target)
+        return path, ""
+
+    count = 0
+    with ThreadPoolExecutor() as pool:
+        for path, reason in pool.map(convert, names):
+            if reason:
+                count += 1
+                bad(path, reason)
+            done()
+    return count
+
+
+def _reduced(image: Image, short_side: int) -> Image:
+    from PIL.Image import Resampling
+
+    scale = short_side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(short_side, round(scale * side)) for side in image.size)
+    return image.resize((width, height), Resampling.LANCZOS)
+
+
+def preview(config: Config, count: int) -> Image:
+    """A contact sheet of the first `count` images of a run: each original, and beside it the two views that the run sees.
+
+    Raises:
+        UsageError: the data cannot be opened, or the loader cannot do this.
+    """
+    from PIL import Image, ImageOps
+
+    cpu = torch.device("cpu")
+    recipe, source = augmentation(config.data.augmentation), open_source(config.data)
+    images, size = source.train.images, source.size
+    clock = Clock(config.training.seed, len(images), min(count, len(images)), recipe)
+    loader, _ = choose_loader(config.data, source, recipe, cpu)
+    quarantine = Quarantine(images, config.data.max_bad_fraction, known=dict(source.known_bad))
+    batch = next(training_batches(loader, source, clock, range(1), cpu, 0, quarantine=quarantine))
+    colours = augment(batch.views, batch.parameters, torch.zeros(3), torch.ones(3), recipe)
+    views = colours.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    n, step = clock.batch_size, size + GAP
+    columns = -(-n // ROWS)
+    sheet = Image.new("RGB", (columns * (3 * step + GAP), min(n, ROWS) * step), "white")
+    for i, position in enumerate(clock.at(0).positions.tolist()):
+        index = next(k for k in clock.candidates(0, position) if k not in quarantine.bad)
+        left, top = (i // ROWS) * (3 * step + GAP), (i % ROWS) * step
+        original = ImageOps.contain(images.image(index), (size, size))
+        for k, picture in enumerate((original, *(Image.fromarray(views[view * n + i]) for view in range(2)))):
+            sheet.paste(picture, (left + k * step, top))
+    return sheet

@@ -1,0 +1,111 @@
+"""`falcon-fast data`: look after a folder of images, and see what training makes of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from falcon_fast.errors import UsageError
+
+
+@click.group()
+def data() -> None:
+    """Verify, pack and preview images."""
+
+
+def _folder(path: Path) -> tuple[Path, list[Path]]:
+    """A folder that a user named, and its image files."""
+    from falcon_fast.data.folders import EXTENSIONS, image_paths
+    from falcon_fast.data.images import shown
+
+    root = Path(os.path.abspath(os.path.expanduser(path)))
+    if not root.is_dir():
+        raise UsageError(f"{shown(root)}: " + ("not a folder" if root.exists() else "no such path"))
+    paths = image_paths(root)
+    if not paths:
+        raise UsageError(f"{shown(root)}: no image in it (looked for {' '.join(sorted(EXTENSIONS))})")
+    return root, paths
+
+
+def _print_bad(path: Path, reason: str) -> None:
+    from falcon_fast.data.images import shown
+
+    click.echo(f"{shown(path)}: {reason}")
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A progress bar on stderr, where that is a terminal: what is printed stays what was found."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+@data.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def verify(path: Path) -> None:
+    """Decode every image below PATH and print those that cannot be, with the reason; exit code 1 if there are any.
+
+    The result is kept (in ~/.cache/falcon_fast), and training uses it. Stopped and started again, it goes on where it was.
+    """
+    from falcon_fast.data import manifest
+
+    root, paths = _folder(path)
+    with _progress(len(paths), "verifying") as done:
+        bad = manifest.verify(root, paths, _print_bad, done)
+    sys.exit(1 if bad else 0)
+
+
+@data.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--short-side", type=click.IntRange(1), default=256, show_default=True, help="Pixels, at most.")
+@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of the JPEG files.")
+def pack(path: Path, out: Path, short_side: int, quality: int) -> None:
+    """Copy the images below PATH to OUT as smaller JPEG files, which are decoded faster; folders and names stay.
+
+    Prints those that cannot be decoded; exit code 1 if there are any. Stopped and started again, it goes on where it was.
+    """
+    from falcon_fast.data import tools
+
+    root, paths = _folder(path)
+    with _progress(len(paths), "packing") as done:
+        bad = tools.pack(root, out, paths, short_side, quality, _print_bad, done)
+    sys.exit(1 if bad else 0)
+
+
+@data.command()
+@click.argument("path", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture, a PNG file.")
+@click.option("--recipe", metavar="NAME", help="Default: folder with PATH, digits without.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--loader", metavar="NAME", default="auto", show_default=True, help="auto, dali, resident, workers.")
+@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Images to show.")
+@click.option("--size", type=click.IntRange(0), default=0, help="Side of a view, pixels; default as in training.")
+def preview(path: str | None, output: Path, recipe: str | None, seed: int, loader: str, count: int, size: int) -> None:
+    """Draw originals beside their two views, as a run with that recipe and seed sees them first."""
+    from falcon_fast import config as configuration
+    from falcon_fast.data import tools
+
+    config = configuration.load_recipe(recipe or ("folder" if path else "digits"))
+    changes = {"data.loader": loader, "data.size": size, "training.seed": seed}
+    if path:
+        changes["data.path"] = os.path.abspath(os.path.expanduser(path))
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"-o {output}: give a name that ends in .png")
+    sheet = tools.preview(configuration.validate(configuration.override(config, changes)), count)
+    try:
+        sheet.save(output, "PNG")
+    except OSError as error:
+        raise UsageError(f"-o {output}: {error.strerror or error}") from None
+    click.echo(f"{output}: {count} images, original and two views each")

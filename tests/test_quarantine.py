@@ -1,0 +1,93 @@
+"""The quarantine: its list, its limit, and a resumed run that knows it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from falcon_fast.data.augmentation import AUGMENTATIONS
+from falcon_fast.data.images import ImageArray, reason_of
+from falcon_fast.data.quarantine import Quarantine, load_share
+from falcon_fast.data.sampling import Clock
+from falcon_fast.errors import UsageError
+
+IMAGES = ImageArray(np.zeros((200, 2, 2, 3), np.uint8))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_is_listed_once_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.csv"
+    first = Quarantine(IMAGES, 0.02, path, known={7: "verified"}, left_out=(("/x/a,b.jpg", "not an image"),))
+    first.add(3, "broken, at 5")
+    first.add(3, "again")
+    expected = [
+        {"image": "", "file": "/x/a,b.jpg", "reason": "not an image"},
+        {"image": "7", "file": "image 7", "reason": "verified"},
+        {"image": "3", "file": "image 3", "reason": "broken, at 5"},
+    ]
+    assert rows(path) == expected
+    again = Quarantine(IMAGES, 0.02, path, known={7: "verified"}, left_out=(("/x/a,b.jpg", "not an image"),))
+    assert again.bad == {7: "verified", 3: "broken, at 5"}
+    assert rows(path) == expected
+
+
+def test_nothing_bad_leaves_no_file(tmp_path: Path) -> None:
+    Quarantine(IMAGES, 0.01, tmp_path / "quarantine.csv")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("fraction", "allowed"), [(0.0, 0), (0.001, 1), (0.01, 2), (0.02, 4)])
+def test_the_limit(fraction: float, allowed: int) -> None:
+    quarantine = Quarantine(IMAGES, fraction)
+    for index in range(allowed):
+        quarantine.add(index, "broken")
+    with pytest.raises(UsageError, match=rf"{allowed + 1} of 200 images cannot be decoded.*image {allowed} \(broken\)"):
+        quarantine.add(allowed, "broken")
+
+
+def test_files_that_never_got_a_number_count() -> None:
+    out = (("a.jpg", "empty"), ("b.jpg", "empty"))
+    quarantine = Quarantine(IMAGES, 0.01, left_out=out)
+    with pytest.raises(UsageError, match="3 of 202"):
+        quarantine.add(0, "broken")
+    with pytest.raises(UsageError, match=r"2 of 202 .*a\.jpg \(empty\)"):
+        Quarantine(IMAGES, 0.005, left_out=out)
+
+
+def test_all_bad_is_too_many_whatever_is_allowed() -> None:
+    with pytest.raises(UsageError, match="200 of 200"):
+        Quarantine(IMAGES, 1.0, known=dict.fromkeys(range(200), "broken"))
+
+
+def test_a_damaged_list_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.csv"
+    path.write_text("image,file,reason\nseven,x,y\n")
+    with pytest.raises(UsageError, match=r"quarantine\.csv is damaged"):
+        Quarantine(IMAGES, 0.01, path)
+
+
+def test_reasons_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"<html>")
+    with pytest.raises(OSError) as caught:
+        Image.open(tmp_path / "x.jpg")
+    assert reason_of(caught.value) == "not an image of a known format"
+    assert reason_of(OSError("two\n lines")) == "two lines" and reason_of(ValueError()) == "ValueError"
+    assert reason_of(FileNotFoundError(2, "No such file", "x")) == "no such file"
+
+
+def test_a_share_stops_when_all_is_bad() -> None:
+    clock, bad = Clock(0, 200, 50, AUGMENTATIONS["cifar-asymmetric"]), {}
+
+    def load(index: int) -> int:
+        raise OSError("gone")
+
+    found = load_share(clock, clock.at(1), load, bad, 5)
+    assert isinstance(found, dict) and len(found) == 6 and found == bad

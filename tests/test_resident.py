@@ -1,0 +1,133 @@
+"""The resident loader: Pillow's crops to the bit, the clock's numbers and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from falcon_fast.config import DataConfig
+from falcon_fast.data import resident, workers
+from falcon_fast.data.augmentation import AUGMENTATIONS
+from falcon_fast.data.images import ImageArray, ImageFiles, Split, header_size
+from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.sampling import Clock
+from falcon_fast.data.sources import open_source
+from falcon_fast.errors import UsageError
+
+from .loaders import CPU, damage, joined, same, smooth, write_every_kind
+
+RECIPE = AUGMENTATIONS["cifar-asymmetric"]
+
+
+@pytest.fixture(scope="module")
+def array_split() -> Split:
+    """50 images of noise, 32 x 32, in memory: the sharpest there are."""
+    random = np.random.RandomState(3)
+    return Split(ImageArray(random.randint(0, 256, (50, 32, 32, 3)).astype(np.uint8)), np.arange(50) % 7)
+
+
+def check_same(split: Split, recipe: str, batch_size: int, size: int, steps: range, exact: bool = True) -> None:
+    clock = Clock(11, len(split.images), batch_size, AUGMENTATIONS[recipe])
+    ours = list(resident.training_batches(split, clock, size, steps, CPU))
+    theirs = list(workers.training_batches(split, clock, size, steps, CPU, workers=0))
+    assert len(ours) == len(theirs) == len(steps)
+    for a, b in zip(ours, theirs, strict=True):
+        difference = (a.views.int() - b.views.int()).abs()
+        assert difference.float().mean() <= (0 if exact else 0.5)
+        assert same(a._replace(views=b.views), b)
+    assert all(batch.views.is_contiguous(memory_format=torch.channels_last) for batch in ours)
+
+
+@given(
+    sides=st.tuples(*[st.integers(1, 70)] * 2), size=st.integers(1, 40), flip=st.booleans(), seed=st.integers(0, 999)
+)
+def test_any_region_is_pillows(sides: tuple[int, int], size: int, flip: bool, seed: int) -> None:
+    random = np.random.RandomState(seed)
+    height, width = sides
+    pixels = (random.rand(height, width, 3) * 256).astype(np.uint8)
+    rows, columns = random.randint(1, height + 1), random.randint(1, width + 1)
+    top, left = random.randint(0, height - rows + 1), random.randint(0, width - columns + 1)
+    box = (left, top, left + columns, top + rows)
+    # One axis after the other: which of them recent Pillows take first depends on the sides.
+    region = Image.fromarray(pixels).crop(box).resize((size, rows), Image.Resampling.BICUBIC)
+    expected = np.asarray(region.resize((size, size), Image.Resampling.BICUBIC))
+    boxes = torch.tensor([[top, left, rows, columns]])
+    (ours,) = resident.crop(torch.from_numpy(pixels)[None], boxes, torch.tensor([flip]), size)
+    assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected[:, ::-1] if flip else expected)
+
+
+def test_batches_are_those_of_the_workers_bit_for_bit(array_split: Split) -> None:
+    check_same(array_split, "cifar-asymmetric", 12, 32, range(10))  # into the third epoch
+    check_same(array_split, "symmetric", 25, 17, range(2), exact=False)
+    check_same(array_split, "digits", 16, 32, range(4))
+
+
+def test_the_digits_are_those_of_the_workers_bit_for_bit() -> None:
+    source = open_source(DataConfig(source="digits"))
+    check_same(source.train, "digits", 64, source.size, range(21, 24))
+
+
+def test_files_of_different_sizes_and_kinds(tmp_path: Path) -> None:
+    paths = write_every_kind(tmp_path / "kinds")
+    for i in range(6):
+        paths.append(tmp_path / f"{i}.png")
+        smooth(20 + 9 * i, 70 - 9 * i, i).save(paths[-1])
+    split = Split(ImageFiles(tuple(map(str, paths)), tuple(map(header_size, paths))), None)
+    check_same(split, "imagenet-asymmetric", len(paths), 24, range(2), exact=False)
+
+
+def test_a_large_batch_is_cropped_in_parts(array_split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "CHUNK", 32 * 32 * 3 * 7)
+    check_same(array_split, "cifar-asymmetric", 12, 32, range(2))
+
+
+@pytest.mark.parametrize("recipe", ["cifar-asymmetric", "digits"])
+def test_starting_later_and_other_numbers_of_ranks_change_nothing(array_split: Split, recipe: str) -> None:
+    clock = Clock(2, 50, 16, AUGMENTATIONS[recipe])  # 3 steps an epoch
+    whole = list(resident.training_batches(array_split, clock, 32, range(9), CPU))
+    later = list(resident.training_batches(array_split, clock, 32, range(4, 9), CPU))
+    assert len(later) == 5 and all(map(same, whole[4:], later))
+    for world in (2, 4):
+        ranks = [
+            resident.training_batches(array_split, clock, 32, range(1, 8), CPU, rank=r, world_size=world)
+            for r in range(world)
+        ]
+        for batch, *parts in zip(whole[1:8], *ranks, strict=True):
+            assert same(batch, joined(parts))
+
+
+def test_no_value_is_asked_of_the_device() -> None:
+    # Meta tensors have no values: whatever asked for one on the host would raise.
+    def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    views = resident.crop(meta(8, 32, 32, 3, dtype=torch.uint8), meta(8, 4), meta(8, dtype=torch.bool), 24)
+    assert views.shape == (8, 3, 24, 24) and views.dtype == torch.uint8
+    warped = workers.warp(
+        meta(4, 16, 16, 3, dtype=torch.uint8), meta(8, 2, 3, dtype=torch.float32), meta(8, dtype=torch.bool)
+    )
+    assert warped.shape == (8, 16, 16, 3)
+
+
+def test_bad_files_are_replaced_as_the_workers_replace_them(tmp_path: Path) -> None:
+    paths = []
+    for i in range(30):
+        paths.append(tmp_path / f"{i:02d}.jpg")
+        smooth(40, 30, i).save(paths[-1])
+    split = Split(ImageFiles(tuple(map(str, paths)), tuple(map(header_size, paths))), np.arange(30))
+    for victim, kind in ((3, "zeroed"), (4, "truncated"), (20, "empty")):
+        damage(paths[victim], kind)
+    clock = Clock(5, 30, 10, RECIPE)
+    ours, theirs = Quarantine(split.images, 0.2), Quarantine(split.images, 0.2)
+    by_us = resident.training_batches(split, clock, 48, range(6), CPU, quarantine=ours)
+    by_workers = workers.training_batches(split, clock, 48, range(6), CPU, workers=0, quarantine=theirs)
+    assert all(map(same, by_us, by_workers))
+    assert ours.bad == theirs.bad and set(ours.bad) == {3, 4, 20}
+    with pytest.raises(UsageError, match="3 of 30 images cannot be decoded"):
+        next(resident.training_batches(split, clock, 16, range(6), CPU, quarantine=Quarantine(split.images, 0.08)))
