@@ -17,7 +17,7 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import gradient, hadamard, launch, loss, plan, statistics, tuning
+from falcon_fast.kernels.gpu import columns, gradient, launch, loss, plan, transform, tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGE = Path(loss.__file__).parent
@@ -127,7 +127,7 @@ def test_hadamard_codes(poisoned, n, f, c, prior) -> None:
 def test_hadamard_codes_of_an_unserved_width_are_the_same_codes() -> None:
     for f, c in ((8, 32), (64, 192)):
         codes = HadamardCodes(f, c, seed=3)
-        packed = hadamard.as_dense(codes.words, f, c)
+        packed = transform.as_dense(codes.words, f, c)
         same = RademacherCodes.from_dense(codes.dense())
         assert torch.equal(packed, same.words)
 
@@ -399,19 +399,19 @@ MUTANTS = {
         "b_shift1 = tl.load(p_max + o_row",
     ),
     "sums merged without their maxima": (
-        "statistics.py",
+        "rows.py",
         "tl.sum(tl.exp2(b_shift1) * b_part1, 0)",
         "tl.sum(b_part1, 0)",
     ),
-    "cross sums merged without the other's": ("statistics.py", "tl.where(m, b_shift2 * b_part1, 0.0)", "0.0"),
+    "cross sums merged without the other's": ("rows.py", "tl.where(m, b_shift2 * b_part1, 0.0)", "0.0"),
     "columns past the last code counted": ("logits.py", 'b_u = tl.where(m_code[None, :], b_u, float("-inf"))', ""),
     "rows past the last image counted": (
-        "statistics.py",
+        "columns.py",
         "b_log_p = tl.where(m_row[:, None], b_log_p",
         "tl.where(m_row[:, None], b_log_p",
     ),
     "mean over the wrong number of rows": (
-        "statistics.py",
+        "columns.py",
         "math.log2(n * world_size)",
         "math.log2(n * world_size + 1)",
     ),
@@ -427,7 +427,7 @@ MUTANTS = {
         "b_sign = tl.where(b_flips < 0, -1.0, 1.0)",
         "b_sign = tl.where(b_flips < 0, 1.0, 1.0)",
     ),
-    "way back not transposed": ("hadamard.py", "b_t.reshape(ROWS, B, A).permute(0, 2, 1)", "b_t"),
+    "way back not transposed": ("transform.py", "b_t.reshape(ROWS, B, A).permute(0, 2, 1)", "b_t"),
     "running cross sum not moved": ("hadamard.py", "b_before1 * (b_cross1 + b_moved1)", "b_before1 * b_cross1"),
 }
 
@@ -475,7 +475,7 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         mutant, its_gradient = (importlib.import_module(f"{package}.{module}") for module in ("loss", "gradient"))
-        errors = smooth_case(mutant, its_gradient, file == "hadamard.py")
+        errors = smooth_case(mutant, its_gradient, file in ("hadamard.py", "transform.py"))
         assert not all(error < 3e-3 for error in errors), errors
     finally:
         for module in [module for module in sys.modules if module.partition(".")[0] == package]:
@@ -483,4 +483,4 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
 
 
 def test_statistics_are_in_the_mean_of_all_processes() -> None:
-    assert statistics.Scales.of(8, 16, 2.0, 1.0, "reverse", 4).log_rows == 5.0
+    assert columns.Scales.of(8, 16, 2.0, 1.0, "reverse", 4).log_rows == 5.0

@@ -2,7 +2,7 @@
 
     2 N dZ_1 = P_1 g_1 + P_1 (beta - a_1 + beta x_1 - beta y_2) - beta P_2        dH_1 = dZ_1 W^T / tau,  view 2 by symmetry
 
-dZ takes the place of the logits, in fp16 and in units of the row's quantum (statistics.finish), which is multiplied in again,
+dZ takes the place of the logits, in fp16 and in units of the row's quantum (finish.finish), which is multiplied in again,
 together with the loss's own gradient, when the product's parts are added up.
 """
 
@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from falcon_fast.kernels.gpu.columns import ColumnState, Scales, prior_gradient
 from falcon_fast.kernels.gpu.launch import launch, multiply
 from falcon_fast.kernels.gpu.plan import TILE, ProductTiles
-from falcon_fast.kernels.gpu.statistics import ColumnState, RowState, Scales, prior_gradient
+from falcon_fast.kernels.gpu.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2, expand_signs, feature_of
 
 DZ_ROWS = 32

@@ -1,7 +1,7 @@
 """The loss and the parts of its gradient on a GPU: three sweeps over the codes that never hold an N x c matrix in autograd.
 
 Sweep 1 forms the logits and the statistics of their rows (logits.py), sweep 2 those of their columns and the loss
-(statistics.py), sweep 3 the gradient (gradient.py). The stored plan has one range of codes, all of them, whose logits
+(rows.py, columns.py), sweep 3 the gradient (gradient.py). The stored plan has one range of codes, all of them, whose logits
 stay in fp16 (4 bytes a pair of views) from sweep to sweep and turn into dZ in place; the streaming plan forms them anew in each
 sweep, in ranges that stay in the second cache, so that nothing of the size N x c exists. Hadamard dictionaries have kernels of
 their own (hadamard.py), which stream always: forming their logits again costs less than reading them back.
@@ -15,9 +15,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from falcon_fast.kernels.gpu import hadamard, tuning
+from falcon_fast.kernels.gpu import hadamard, transform, tuning
+from falcon_fast.kernels.gpu.columns import ColumnState, Scales, columns, count_used, log_sum_over
 from falcon_fast.kernels.gpu.cost import choose, nearest_device
 from falcon_fast.kernels.gpu.embeddings import cast_embeddings
+from falcon_fast.kernels.gpu.finish import Parts, Readings, finish
 from falcon_fast.kernels.gpu.gradient import dz_in_place, library_product, packed_product
 from falcon_fast.kernels.gpu.launch import device_facts
 from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
@@ -33,18 +35,7 @@ from falcon_fast.kernels.gpu.plan import (
     hadamard_plan,
     hadamard_served,
 )
-from falcon_fast.kernels.gpu.statistics import (
-    ColumnState,
-    Parts,
-    Readings,
-    RowState,
-    Scales,
-    columns,
-    count_used,
-    finish,
-    log_sum_over,
-    merge_rows,
-)
+from falcon_fast.kernels.gpu.rows import RowState, merge_rows
 from falcon_fast.kernels.gpu.support import INTERPRETING
 
 # Units that the largest |dZ| of a row may take: fp16 ends at 65504.
@@ -220,7 +211,7 @@ def falcon_loss_parts(
     if isinstance(chosen, HadamardPlan):
         return hadamard.hadamard_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)
     if is_hadamard:
-        words = hadamard.as_dense(words, f, c)
+        words = transform.as_dense(words, f, c)
     words = words.contiguous()
     if tuning.TUNING:
         chosen = chosen._replace(logits=tuning.fastest_logits(h1, h2, words, device_facts(h1.device)))
