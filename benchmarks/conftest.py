@@ -7,6 +7,7 @@ import gc
 import json
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,14 +37,19 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def extra_peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that `function` adds at its peak, its freed scratch included; None where Linux does not tell."""
+    """Bytes of resident memory that `function` adds at its peak, its freed scratch included; None where Linux does not tell.
+
+    In a thread of its own: the extension keeps its scratch for the thread's next call, and a new thread has none yet.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         gc.collect()
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
         before = _status("VmHWM")
-        function()
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
         return _status("VmHWM") - before
     except OSError:
         return None
