@@ -13,6 +13,7 @@
 
 #include "signs.hpp"
 #include "sweeps.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 
@@ -333,6 +334,7 @@ void bind_hadamard(nb::module_ &module) {
 } // namespace
 
 NB_MODULE(_cpu, module) {
+    module.def("scratch_kept", &falcon::scratch_kept, "Bytes of scratch that the calling thread keeps for its next call.");
     bind_signs(module);
     bind_levels(module);
     bind_dense(module);

@@ -60,6 +60,17 @@ void start_threads(std::size_t threads, Tasks &tasks) {
 bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
+struct Free {
+    void operator()(void *memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+
+struct Buffer {
+    std::unique_ptr<void, Free> memory;
+    std::size_t bytes = 0;
+};
+
+thread_local Buffer buffers[static_cast<std::size_t>(Use::kCount)];
+
 } // namespace
 
 void parallel(std::size_t threads, std::size_t phases, std::size_t count,
@@ -74,14 +85,6 @@ void parallel(std::size_t threads, std::size_t phases, std::size_t count,
 }
 
 void *scratch_bytes(Use use, std::size_t bytes) {
-    struct Free {
-        void operator()(void *memory) const { ::operator delete(memory, std::align_val_t(64)); }
-    };
-    struct Buffer {
-        std::unique_ptr<void, Free> memory;
-        std::size_t bytes = 0;
-    };
-    thread_local Buffer buffers[static_cast<std::size_t>(Use::kCount)];
     Buffer &buffer = buffers[static_cast<std::size_t>(use)];
     if (buffer.bytes < bytes) {
         buffer.memory.reset(); // before the larger one is there: never both
@@ -90,6 +93,13 @@ void *scratch_bytes(Use use, std::size_t bytes) {
         buffer.bytes = bytes;
     }
     return buffer.memory.get();
+}
+
+std::size_t scratch_kept() {
+    std::size_t bytes = 0;
+    for (const Buffer &buffer : buffers)
+        bytes += buffer.bytes;
+    return bytes;
 }
 
 } // namespace falcon

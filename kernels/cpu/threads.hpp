@@ -27,5 +27,7 @@ void *scratch_bytes(Use, std::size_t bytes);
 template <typename T> T *scratch(Use use, std::size_t count) {
     return static_cast<T *>(scratch_bytes(use, count * sizeof(T)));
 }
+// What the calling thread keeps, in bytes.
+std::size_t scratch_kept();
 
 } // namespace falcon
