@@ -103,7 +103,7 @@ def test_dense_shapes(seed, n, f, c, scale, prior, plan):
 @settings(deadline=None, max_examples=50)
 @given(
     seed=st.integers(0, 10_000),
-    n=st.integers(1, 40),
+    n=st.integers(1, 70),
     log_f=st.integers(0, 9),
     blocks=st.integers(1, 20),
     scale=st.floats(0.05, 3),
