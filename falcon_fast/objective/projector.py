@@ -28,8 +28,8 @@ class FalconProjector(nn.Module):
         output_dtype: float32; or float16, half the bytes, which loses the loss nothing on a GPU (it rounds embeddings to float16
             there anyway). Their gradient is float16 too, and needs a GradScaler. Never bfloat16: its embeddings alone
             cost 5e-3 to 2e-2 of relative gradient error in the loss, more the sharper the softmax.
-        implementation: `torch`, layer by layer; `triton`, all after the linear product in two or three kernels, and as many for the
-            gradient, which keep nothing but the product (`kernels/gpu/projector.py`); `auto`, `triton` on GPUs from sm_80 on.
+        implementation: `torch`, layer by layer; `triton`, all that follows the linear product in two or three kernels, and its
+            gradient likewise, keeping nothing but the product (`kernels/gpu/projector.py`); `auto`, `triton` on GPUs from sm_80 on.
 
     `forward` takes features (N, in_features) of any float dtype and returns embeddings (N, f) in `output_dtype`, under autocast
     too. `torch` computes in float32 throughout. `triton` multiplies in float32 or, under autocast, in its dtype on the tensor

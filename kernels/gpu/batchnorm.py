@@ -271,7 +271,7 @@ def batch_statistics(
             mine = torch.empty(1, views, 4, f, device=x.device)
             merge(parts, mine, noting)
         parts = torch.empty(dist.get_world_size(group), views, 4, f, device=x.device)
-        dist.all_gather_into_tensor(parts, mine, group=group)
+        dist.all_gather(list(parts), mine[0], group=group)  # into views: Gloo has no other on every torch
     merge(parts, out, finishing)
     return out
 

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 __all__ = ["Averages", "triton_projector"]
 
 
-def _group(name: str) -> dist.ProcessGroup | None:
+def _group(name: Any) -> dist.ProcessGroup | None:
     return _resolve_process_group(name) if name else None
 
 
@@ -156,7 +156,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dfeatures = features.new_empty(features.shape if needs_features else (0,))
     dweight = weight.new_empty(weight.shape if needs_weight else (0,))
-    return dfeatures, dweight, *(torch.empty_like(gamma) for _ in range(3))
+    return dfeatures, dweight, torch.empty_like(gamma), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
