@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from falcon_fast.batchnorm import per_view_batchnorm
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import batchnorm, launch, projector
+from falcon_fast.kernels.gpu import batchnorm, projector, resources
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGE = Path(projector.__file__).parent
@@ -459,23 +461,8 @@ def test_a_process_group_is_one_big_batch(tmp_path) -> None:
 # ---- what the host does, traced on tensors without memory ---------------------------------------------------------------
 
 
-def trace(rows: int, f: int, row_norm: float | None = None, views: int = 2, training: bool = True):
-    """The launches of forward and of backward after the linear product."""
-
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, column = meta(rows, f), meta(f)
-    averages = batchnorm.Averages(column, column, meta(dtype=torch.int64), 0.1)
-    with launch.recording((9, 0), 132) as launches:
-        if training:
-            statistics = batchnorm.batch_statistics(x, views, column, averages, 1e-5, None)
-        else:
-            statistics = batchnorm.running_statistics(column, column, column, 1e-5)
-        h, length = projector.normalise(x, statistics, column, column, row_norm, torch.float32)
-        forward = len(launches)
-        projector.gradients(h, x, statistics, column, column, length, row_norm, torch.float16, None)
-    return launches[:forward], launches[forward:]
+def trace(rows: int, f: int, row_norm: float | None = None, training: bool = True):
+    return resources.projector_launches((rows, f, row_norm, torch.float16, training), 90)
 
 
 @pytest.mark.parametrize(
@@ -500,6 +487,40 @@ def test_large_batches_fill_the_gpu() -> None:
         splits, split_rows = batchnorm.row_splits(n, f, 2, 132)
         assert math.prod(trace(rows, f)[0][0].grid) >= min(3 * 132, 2 * math.ceil(f / 64) * batchnorm.MOST_SPLITS)
         assert (splits - 1) * split_rows < n <= splits * split_rows
+
+
+# In a process of its own: under TRITON_INTERPRET kernels are Python functions, which nothing compiles.
+PROGRAM = """
+import json, sys
+from falcon_fast.kernels.gpu import resources
+for found in resources.projector_resources(int(sys.argv[1]), getattr(resources, sys.argv[2])):
+    print(json.dumps(found._asdict()), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shapes"),
+    [
+        (80, "PROJECTOR_SHAPES"),
+        *(
+            pytest.param(architecture, shapes, marks=pytest.mark.slow)
+            for architecture in (80, 90, 100)
+            for shapes in ("PROJECTOR_SHAPES", "MORE_PROJECTOR_SHAPES")
+            if (architecture, shapes) != (80, "PROJECTOR_SHAPES")
+        ),
+    ],
+)
+def test_compiled_ahead_of_time_without_spills(architecture, shapes) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    arguments = [sys.executable, "-c", PROGRAM, str(architecture), shapes]
+    output = subprocess.run(arguments, env=environment, text=True, stdout=subprocess.PIPE, check=True).stdout
+    kernels = [json.loads(line) for line in output.splitlines()]
+    assert len(kernels) >= 9
+    for kernel in kernels:
+        what = f"{kernel['name']} {kernel['constants']} with {kernel['warps']} warps"
+        assert kernel["stack"] == 0 and not {"LDL", "STL"} & kernel["instructions"].keys(), f"{what} spills"
+        assert not {"ATOM", "ATOMG", "RED"} & kernel["instructions"].keys(), f"{what} is not deterministic"
+        assert kernel["shared"] <= resources.SHARED_LIMIT[architecture], what
 
 
 # ---- kernels that are wrong must be found out -----------------------------------------------------------------------------

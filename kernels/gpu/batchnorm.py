@@ -216,7 +216,7 @@ def batch_statistics(
     """
     rows, f = x.shape
     n = rows // views
-    splits, split_rows = row_splits(n, f, views, device_facts(x.device)[1])
+    splits, split_rows = row_splits(n, f, views, device_facts(x.device).processors)
     at_once = group is None and (n <= MOST_ROWS_AT_ONCE or splits == 1)
     out = torch.empty(4, views, f, device=x.device)
     parts = out if at_once else torch.empty(splits, views, 4, f, device=x.device)

@@ -400,7 +400,7 @@ def gradients(
             COLUMNS=LINE_COLUMNS,
             num_warps=4,
         )
-    splits, split_rows = row_splits(n, f, views, device_facts(x.device)[1])
+    splits, split_rows = row_splits(n, f, views, device_facts(x.device).processors)
     sums = torch.empty(splits, views, 2, f, device=x.device)
     launch(
         gradient_sums_kernel,
