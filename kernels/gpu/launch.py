@@ -94,12 +94,14 @@ def launch(
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """out = a b, or out += a b, for fp16 a (m, k), b (k, n) and float32 out (m, n), by torch's matrix product."""
+    """out = a b, or out += a b, for a (m, k), b (k, n) of one dtype and out (m, n) in it or in float32, by torch's product."""
     if (active := _recording.get()) is not None:
         active.launches.append(Launch(None, (), {}, {}, frozenset(), 0, 0))
     elif INTERPRETING and a.device.type == "cpu":  # where torch has no product of fp16 with a float32 result
         product = a.float() @ b.float()
         out.add_(product) if add else out.copy_(product)
+    elif out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:

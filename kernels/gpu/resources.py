@@ -1,24 +1,27 @@
 """What the kernels take of a GPU, without one: compiled ahead of time, registers, spills, shared memory and tensor-core use.
 
-`python -m falcon_fast.kernels.gpu.resources 90` prints a table for sm_90 of every kernel that the loss launches at SHAPES (not
-under TRITON_INTERPRET, where kernels are Python functions). triton ships the tools that read a binary.
+`python -m falcon_fast.kernels.gpu.resources 90` prints a table for sm_90 of every kernel that loss and projector launch at their
+SHAPES (not under TRITON_INTERPRET, where kernels are Python functions). triton ships the tools that read a binary.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.gradient import combine
 from falcon_fast.kernels.gpu.launch import Launch, compile_ahead, recording
 from falcon_fast.kernels.gpu.loss import falcon_loss_parts
+from falcon_fast.kernels.gpu.projector import gradients, normalise
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ programming guide
@@ -36,6 +39,17 @@ MORE_SHAPES = [
     (1024, 2048, 524288, True, "auto"),
     (20, 128, 16384, False, "stored"),
     (1, 100, 1000, False, "streaming"),
+]
+# Rows, f, row_norm (None: tanh), dtype of the product, training
+PROJECTOR_SHAPES = [
+    (128, 2048, None, torch.float16, True),
+    (2048, 2048, None, torch.bfloat16, False),
+    (2048, 2048, 16.0, torch.float16, True),
+]
+MORE_PROJECTOR_SHAPES = [
+    (200, 100, 4.0, torch.float32, True),
+    (8192, 4096, None, torch.float32, True),
+    (1, 100, 4.0, torch.bfloat16, False),
 ]
 
 
@@ -67,6 +81,24 @@ def launches(shape: tuple[int, int, int, bool, str], architecture: int, prior: s
     return found
 
 
+def projector_launches(
+    shape: tuple[int, int, float | None, torch.dtype, bool], architecture: int
+) -> tuple[list[Launch], list[Launch]]:
+    """The launches of a projector after its linear product, forward and backward (two views in training)."""
+    rows, f, row_norm, dtype, training = shape
+    x, g, column = (torch.empty(size, device="meta") for size in ((rows, f), (rows, f), (f,)))
+    averages = Averages(column, column, torch.empty((), dtype=torch.int64, device="meta"), 0.1)
+    with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
+        if training:
+            statistics = batch_statistics(x, 2, column, averages, 1e-5, None)
+        else:
+            statistics = running_statistics(column, column, column, 1e-5)
+        _, length = normalise(x, statistics, column, column, row_norm, torch.float32)
+        forward = len(found)
+        gradients(g, x, statistics, column, column, length, row_norm, dtype, None)
+    return found[:forward], found[forward:]
+
+
 def resources(launched: Launch, architecture: int) -> Resources:
     """Compile a recorded launch for the architecture and read what it takes."""
     compiled = compile_ahead(launched, divmod(architecture, 10))
@@ -96,20 +128,34 @@ def resources(launched: Launch, architecture: int) -> Resources:
     )
 
 
-def all_resources(architecture: int, shapes: list[tuple[int, int, int, bool, str]], prior: str) -> Iterator[Resources]:
-    """The resources of each kernel that the shapes launch, each configuration once."""
+def distinct(launched: Iterable[Launch], architecture: int) -> Iterator[Resources]:
+    """The resources of each kernel, each configuration once."""
     seen = set()
-    for shape in shapes:
-        for launched in launches(shape, architecture, prior):
-            key = (str(launched.kernel), str(sorted(launched.constants.items())), str(launched.signature))
-            if launched.kernel is not None and key not in seen:
-                seen.add(key)
-                yield resources(launched, architecture)
+    for launch in launched:
+        key = (str(launch.kernel), str(sorted(launch.constants.items())), str(launch.signature))
+        if launch.kernel is not None and key not in seen:
+            seen.add(key)
+            yield resources(launch, architecture)
+
+
+def all_resources(architecture: int, shapes: list[tuple[int, int, int, bool, str]], prior: str) -> Iterator[Resources]:
+    """Of the kernels that the loss launches at the shapes."""
+    return distinct((x for shape in shapes for x in launches(shape, architecture, prior)), architecture)
+
+
+def projector_resources(
+    architecture: int, shapes: list[tuple[int, int, float | None, torch.dtype, bool]]
+) -> Iterator[Resources]:
+    """Of the kernels that the projector launches at the shapes."""
+    every = (x for shape in shapes for part in projector_launches(shape, architecture) for x in part)
+    return distinct(every, architecture)
 
 
 def main(architecture: int, *, more: bool = False, prior: str = "reverse") -> None:
     print(f"{'kernel':24} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}  tensor cores, constants")
-    for found in all_resources(architecture, SHAPES + (MORE_SHAPES if more else []), prior):
+    of_loss = all_resources(architecture, SHAPES + (MORE_SHAPES if more else []), prior)
+    shapes = PROJECTOR_SHAPES + (MORE_PROJECTOR_SHAPES if more else [])
+    for found in itertools.chain(of_loss, projector_resources(architecture, shapes)):
         used = sum(count for name, count in found.instructions.items() if name in ("HMMA", *TENSOR_CORE.values()))
         print(
             f"{found.name:24} {found.warps:5} {found.registers:9} {found.stack:5} {found.shared:7}  {used:3} "
