@@ -389,8 +389,8 @@ def test_half_a_million_codes_stream_through_half_a_gigabyte() -> None:
 
 # What is wrong: the file, the right source and the wrong one.
 MUTANTS = {
-    "views swapped in the gradient": ("gradient.py", "beta * LN_2 * b_y2)", "beta * LN_2 * b_y1)"),
-    "invariance's other half forgotten": ("gradient.py", "b_y2) - beta * b_p2", "b_y2)"),
+    "views swapped in the gradient": ("gradient.py", "b_free1, b_y2, b_p2, log_c", "b_free1, b_y1, b_p2, log_c"),
+    "invariance's other half forgotten": ("gradient.py", "b_other_y) - beta * b_other_p", "b_other_y)"),
     "a forgotten": ("gradient.py", "beta - tl.load(p_a + o, mask=m_row, other=0.0) + beta * b_x", "beta + beta * b_x"),
     "x forgotten": ("gradient.py", "other=0.0) + beta * b_x", "other=0.0)"),
     "a tile's maximum for the row's": (

@@ -22,18 +22,23 @@ COMBINED_ROWS, COMBINED_COLUMNS = 4, 512
 
 
 @triton.jit
+def view_gradient(b_log_p, b_p, b_log_pbar, b_free, b_other_y, b_other_p, log_c, beta, FORWARD: tl.constexpr):
+    """2 N dZ of one view; `free` is beta - a + beta x of a row."""
+    b_prior = prior_gradient(b_log_p, b_p, b_log_pbar, log_c, FORWARD)
+    return b_prior + b_p * (b_free - beta * LN_2 * b_other_y) - beta * b_other_p
+
+
+@triton.jit
 def logit_gradients(
     b_y1, b_y2, b_log_s1, b_log_s2, b_free1, b_free2, b_log_pbar1, b_log_pbar2, log_c, beta, FORWARD: tl.constexpr
 ):
-    """2 N dZ of both views from y (log 2 units); `free` is beta - a + beta x of a row. All broadcast together."""
+    """2 N dZ of both views from y (log 2 units). All broadcast together."""
     b_log_p1 = b_y1 - b_log_s1
     b_log_p2 = b_y2 - b_log_s2
     b_p1 = tl.exp2(b_log_p1)
     b_p2 = tl.exp2(b_log_p2)
-    b_dz1 = prior_gradient(b_log_p1, b_p1, b_log_pbar1, log_c, FORWARD)
-    b_dz2 = prior_gradient(b_log_p2, b_p2, b_log_pbar2, log_c, FORWARD)
-    b_dz1 += b_p1 * (b_free1 - beta * LN_2 * b_y2) - beta * b_p2
-    b_dz2 += b_p2 * (b_free2 - beta * LN_2 * b_y1) - beta * b_p1
+    b_dz1 = view_gradient(b_log_p1, b_p1, b_log_pbar1, b_free1, b_y2, b_p2, log_c, beta, FORWARD)
+    b_dz2 = view_gradient(b_log_p2, b_p2, b_log_pbar2, b_free2, b_y1, b_p1, log_c, beta, FORWARD)
     return b_dz1, b_dz2
 
 
