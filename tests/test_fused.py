@@ -79,7 +79,7 @@ def test_a_large_batch_is_done_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -
 
     def counted(images: torch.Tensor, *rest: object) -> torch.Tensor:
         calls.append(len(images))
-        return fused(images, *rest)  # type: ignore[arg-type]
+        return module.apply(images, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: counted)
     monkeypatch.setattr(module, "CHUNK", 5 * 3 * 24 * 20)
