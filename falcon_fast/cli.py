@@ -103,7 +103,7 @@ def train(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
         sys.exit(130)
-    result = runs.finish(run, directory, seconds, say=console.print)
+    result = runs.finish(run, directory, seconds, say=lambda line: console.print(line, soft_wrap=True))
     for table in result_tables(result):
         console.print(table)
     console.print(f"everything is in {directory}", soft_wrap=True)

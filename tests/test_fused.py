@@ -72,6 +72,23 @@ def test_one_compiled_graph_serves_every_batch(backend: str, monkeypatch: pytest
     assert lines == []
 
 
+def test_a_large_batch_is_done_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from falcon_fast.data import fused as module
+
+    calls = []
+
+    def counted(images: torch.Tensor, *rest: object) -> torch.Tensor:
+        calls.append(len(images))
+        return module.apply(images, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: counted)
+    monkeypatch.setattr(module, "CHUNK", 5 * 3 * 24 * 20)
+    images, p = photos(12), to_tensors(drawn(12, EVERYTHING), "cpu")
+    ours = photometric_stage(EVERYTHING, "compiled", True)(images, p, MEAN, STD)
+    torch.testing.assert_close(ours, fused(images, p, MEAN, STD, EVERYTHING), rtol=0, atol=1e-5)
+    assert calls == [4, 4, 4] and ours.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object):
         def raising(*_: object) -> None:

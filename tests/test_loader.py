@@ -60,7 +60,7 @@ def test_auto_takes_the_fastest_that_works(photos: Source, digits: Source, image
     assert chosen(photos, CUDA) == "resident"  # 40 images of 24 KB fit on any GPU
     assert chosen(digits, recipe="digits") == "resident"
     assert chosen(digits, recipe="digits", resident_mib=0) == "workers"
-    assert chosen(open_source(DataConfig(path=str(image_folder)))) == "resident"  # 24 x 20
+    assert chosen(open_source(DataConfig(path=str(image_folder)))) == "dali"
     large = Source(
         Split(ImageArray(np.zeros((9, 64, 64, 3), np.uint8)), None), photos.test, (), 64, (0.5,) * 3, (0.5,) * 3, "x"
     )
