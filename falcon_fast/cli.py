@@ -47,6 +47,9 @@ cli.add_command(data)
 @click.option("--seed", type=int)
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
 @click.option(
+    "--strategy", metavar="NAME", help="auto (default): ddp where torchrun started several processes, else single."
+)
+@click.option(
     "--set",
     "settings",
     multiple=True,
@@ -62,7 +65,7 @@ def train(
     from falcon_fast import config as configuration
     from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
-    from falcon_fast.training import trainer
+    from falcon_fast.training import parallel, trainer
 
     overrides: dict[str, Any] = {}
     for option, key in OPTION_KEYS.items():
@@ -77,7 +80,8 @@ def train(
         if extra or recipe or run_dir:
             what = extra[0] if extra else "--recipe" if recipe else "--run-dir"
             raise UsageError(
-                f"--resume continues a run as it was: {what} cannot change (only --data, --device, --loader and its settings can)"
+                f"--resume continues a run as it was: {what} cannot change "
+                "(only --data, --device, --strategy, --loader and its settings can)"
             )
         if not resume.is_dir():
             raise UsageError(f"--resume {resume}: no such run directory")
@@ -88,13 +92,15 @@ def train(
         directory = run_dir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = configuration.validate(configuration.override(config, overrides))
 
-    console = Console(highlight=False, markup=False)
-    run = trainer.prepare(config)
-    if resume is not None:
-        step, seconds = trainer.restore(run, directory)
-    else:
-        step, seconds = 0, 0.0
-        runs.create_run_directory(directory, run.config)
+    training = config.training
+    processes = parallel.join(training.strategy, training.device, training.batch_size, training.timeout)
+    directory = processes.from_main(directory)  # its name may hold the time
+    console = Console(highlight=False, markup=False, quiet=not processes.main)
+    run = trainer.prepare(config, processes)
+    with processes.together():
+        step, seconds = (0, 0.0) if resume is None else trainer.restore(run, directory)
+        if resume is None and processes.main:
+            runs.create_run_directory(directory, run.config)
     for note in run.notes:
         console.print(note, soft_wrap=True)
     console.print(describe(run, directory, step), soft_wrap=True)
@@ -103,6 +109,9 @@ def train(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
         sys.exit(130)
+    processes.close()
+    if not processes.main:
+        return
     result = runs.finish(run, directory, seconds, say=lambda line: console.print(line, soft_wrap=True))
     for table in result_tables(result):
         console.print(table)
@@ -155,6 +164,8 @@ CHANGEABLE = {
     "data.photometric",
     "data.max_bad_fraction",
     "training.device",
+    "training.strategy",
+    "training.timeout",
 }
 
 OPTION_KEYS = {
@@ -169,6 +180,7 @@ OPTION_KEYS = {
     "temperature_batch": "loss.temperature_batch",
     "seed": "training.seed",
     "device": "training.device",
+    "strategy": "training.strategy",
 }
 
 
@@ -177,11 +189,13 @@ def describe(run: Any, directory: Path, step: int) -> str:
     config, source = run.config, run.source
     precision = "float32" if run.amp_dtype is None else "bfloat16 autocast"
     beginning = f"from step {step} of " if step else ""
+    processes = run.processes.world_size
+    place = str(run.device) if processes == 1 else f"{processes} {run.device.type} processes"
     return (
         f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "
         f"{source.size} px; {config.model.name}, f = {config.loss.embedding_dim}, c = {config.loss.num_codes} "
         f"{config.loss.codes} codes, tau = {config.tau:.4g}\n"
-        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {run.device}, {precision}, "
+        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {place}, {precision}, "
         f"loader {run.loader}; "
         f"run directory {directory}"
     )
@@ -218,9 +232,9 @@ def main() -> None:
     """The console script: UsageError is one line and exit code 2; what stops a run, one line and exit code 1."""
     try:
         cli()
-    except UsageError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    except (UsageError, TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
+        from falcon_fast.training.parallel import speaks
+
+        if speaks(error):
+            click.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UsageError) else 1)

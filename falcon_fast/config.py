@@ -29,6 +29,8 @@ SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
+STRATEGIES = ("auto", "single", "ddp")
+PRIOR_SCOPES = ("global", "local")
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 
@@ -64,6 +66,9 @@ class LossConfig:
     epsilon: float = 1e-8
     beta: float = 1.0
     prior: str = "reverse"
+    prior_scope: str = (
+        "global"  # the mean assignment is over all processes, or local: each one's own share, as published
+    )
     implementation: str = "auto"
     plan: str = "auto"  # of the N x c logits: stored, streaming, or what fits the budget and is faster
     memory_budget: int = (
@@ -91,10 +96,15 @@ class ProbeConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     epochs: int = 100
-    batch_size: int = 256  # images a step; each gives two views
+    batch_size: int = 256  # images a step, over all processes; each gives two views
     amp: bool = False
     seed: int = 0
     device: str = "auto"
+    strategy: str = "auto"  # ddp where torchrun started several processes, else single
+    sync_batchnorm: bool = (
+        True  # statistics over all processes; else each one's own share, and one all-reduce a layer less
+    )
+    timeout: int = 600  # seconds that a process waits for another one in a step before it gives up
 
 
 @dataclass(frozen=True)
@@ -260,8 +270,10 @@ def validate(config: Config) -> Config:
         ("loss.activation", loss.activation, ACTIVATIONS),
         ("loss.prior", loss.prior, PRIORS),
         ("loss.implementation", loss.implementation, IMPLEMENTATIONS),
+        ("loss.prior_scope", loss.prior_scope, PRIOR_SCOPES),
         ("loss.plan", loss.plan, PLANS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),
+        ("training.strategy", training.strategy, STRATEGIES),
     ):
         if value not in valid:
             raise UsageError(f"unknown {key} {value!r}: {nearest(value, valid)}")
@@ -282,6 +294,7 @@ def validate(config: Config) -> Config:
         ("training.epochs", training.epochs, 0),
         ("training.batch_size", training.batch_size, 1),
         ("training.seed", training.seed, 0),
+        ("training.timeout", training.timeout, 1),
         ("log.every_steps", log.every_steps, 1),
         ("log.evaluate_epochs", log.evaluate_epochs, 0),
         ("checkpoint.every_steps", checkpoint.every_steps, 0),

@@ -216,6 +216,8 @@ BAD = {
     "unwritable run directory": (["--run-dir", "/proc/run"], "cannot be written"),
     "device": (["--device", "cuda:99"], "not there"),
     "unknown device": (["--device", "quantum"], "unknown device"),
+    "strategy": (["--strategy", "dpp"], "did you mean 'ddp'"),
+    "strategy without torchrun": (["--strategy", "ddp"], "torchrun --nproc-per-node"),
     "option": (["--epoch", "3"], "--epochs"),
 }
 

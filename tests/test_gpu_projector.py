@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from falcon_fast import FalconProjector
-from falcon_fast.batchnorm import per_view_batchnorm
+from falcon_fast.batchnorm import per_view_batchnorm, sync_batchnorm
 
 pytest.importorskip("triton")
 
@@ -419,7 +419,11 @@ def _rank_steps(rank: int, world: int, store: str, queue) -> None:
     results = []
     for case in range(len(GROUP_CASES)):
         module, x, g, of_rank = _group_case(case)
-        module = per_view_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        if case == 0:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        else:
+            sync_batchnorm(module, dist.group.WORLD)
+        per_view_batchnorm(module)
         x = x[of_rank[rank]].requires_grad_()
         h = module(x)
         gradients = torch.autograd.grad(h, (x, *module.parameters()), g[of_rank[rank]])

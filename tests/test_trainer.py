@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_resuming_with_something_else_is_refused(whole, changes, what):
 
 def test_resuming_with_other_data_is_refused(whole):
     run = prepared()
-    other = trainer.Run(**{**vars(run), "source": type(run.source)(**{**vars(run.source), "fingerprint": "other"})})
+    other = dataclasses.replace(run, source=dataclasses.replace(run.source, fingerprint="other"))
     with pytest.raises(UsageError, match="its data was"):
         trainer.restore(other, whole[1])
 

@@ -120,7 +120,10 @@ def fitted(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, whic
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer still needs its batches to end the step and save."""
+    """Ctrl-C reaches every process of the terminal, and torchrun signals whole process groups; the trainer still needs its
+    batches to end the step and save.
+    """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked with the trainer's own handler
 

@@ -37,7 +37,7 @@ class FalconProjector(nn.Module):
     of a column with a large mean away, and overflow beyond 65504.
 
     Both keep what BatchNorm is: parameters and state dict of `linear` and `norm`, evaluation by running averages, statistics
-    per view after `per_view_batchnorm`, and over a process group after `nn.SyncBatchNorm.convert_sync_batchnorm`. `triton`
+    per view after `per_view_batchnorm`, and over a process group after `sync_batchnorm` (or torch's SyncBatchNorm). `triton`
     reads the two layers' settings without calling them, so their hooks do not run. In training the linear bias moves nothing
     but the running mean, and its gradient is exactly zero with `triton` (rounding errors with `torch`).
 
@@ -133,13 +133,19 @@ class FalconProjector(nn.Module):
         )
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The processes that share statistics: those of a SyncBatchNorm, in training."""
-        if not (isinstance(self.norm, nn.SyncBatchNorm) and self.norm.training):
+        """The processes that share statistics in training: those of `sync_batchnorm`, or of torch's SyncBatchNorm."""
+        if not (self.norm.training and dist.is_available() and dist.is_initialized()):
             return None
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        group = self.norm.process_group or dist.group.WORLD
-        return group if dist.get_world_size(group) > 1 else None
+        name = getattr(self.norm, "group_name", None)
+        if name is not None:
+            from torch.distributed.distributed_c10d import _resolve_process_group
+
+            group: dist.ProcessGroup | None = _resolve_process_group(name)
+        elif isinstance(self.norm, nn.SyncBatchNorm):
+            group = self.norm.process_group or dist.group.WORLD
+        else:
+            group = None
+        return group if group is not None and dist.get_world_size(group) > 1 else None
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from falcon_fast.models import FalconNetwork
 from falcon_fast.objective import FalconLoss
 
 
@@ -33,14 +32,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def objective(
-    network: FalconNetwork,
+    network: nn.Module,
     criterion: FalconLoss,
-    probe: nn.Linear | None,
+    probe: nn.Module | None,
     views: torch.Tensor,
     labels: torch.Tensor | None,
     amp_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, StepMetrics]:
     """The scalar to minimise for normalised views (2 B, 3, S, S), view 1 first, and what to report of it.
+
+    network: a FalconNetwork, or what wraps it: images to features and embeddings.
 
     The online probe learns from detached features, so its loss adds nothing to the network's gradient.
     """
@@ -58,9 +59,9 @@ def objective(
 
 
 def training_step(
-    network: FalconNetwork,
+    network: nn.Module,
     criterion: FalconLoss,
-    probe: nn.Linear | None,
+    probe: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     views: torch.Tensor,
     labels: torch.Tensor | None,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm
+from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
 from falcon_fast.config import Config
 from falcon_fast.data.augmentation import Augmentation, augmentation
 from falcon_fast.data.fused import pays, photometric_stage
@@ -38,14 +36,20 @@ from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import build_optimizer, learning_rate
+from falcon_fast.training.parallel import Processes, StopAgreement, average_buffers, data_parallel, lost_peers
+from falcon_fast.training.signals import stop_requests
 from falcon_fast.training.step import StepMetrics, training_step
 
+NEVER = 2**62  # a step that does not come
 LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
 
 
 @dataclass
 class Run:
-    """Everything a run is made of, built from its configuration and nothing else."""
+    """Everything a run is made of, built from its configuration and nothing else.
+
+    `network` and `probe` hold the weights; a step calls `trained`, the same two inside what the strategy wraps them in.
+    """
 
     config: Config
     source: Source
@@ -60,6 +64,14 @@ class Run:
     probe: nn.Linear | None
     optimizer: torch.optim.Optimizer
     notes: tuple[str, ...]
+    processes: Processes = field(default_factory=Processes)
+    trained: tuple[nn.Module, nn.Module | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trained = (
+            data_parallel(self.network, self.processes),
+            None if self.probe is None else data_parallel(self.probe, self.processes),
+        )
 
     @property
     def total_steps(self) -> int:
@@ -88,21 +100,35 @@ class Run:
         }
 
 
-def prepare(config: Config) -> Run:
-    """Open the data and build everything; writes nothing. Raises UsageError for what cannot work."""
+def prepare(config: Config, processes: Processes | None = None) -> Run:
+    """Open the data and build everything, in every process alike; writes nothing. Raises UsageError for what cannot work."""
+    processes = processes or Processes()
+    source = processes.main_first(lambda: open_source(config.data))
+    with processes.together():
+        parts = _build(config, source, processes)
+    return Run(**parts, processes=processes)
+
+
+def _build(config: Config, source: Source, processes: Processes) -> dict[str, Any]:
+    """The parts of a run but those that the processes build together."""
     device = find_device(config.training.device)
     amp_dtype, notes = mixed_precision(config.training.amp, device)
     recipe = augmentation(config.data.augmentation)
-    source = open_source(config.data)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
     loader, loader_notes = choose_loader(config.data, source, recipe, device)
 
     network = build_network(config, source.size)
-    if training.batch_size == 1 and has_batchnorm(network):
-        raise UsageError("batch size 1 gives BatchNorm nothing to average: use --batch-size 2 or more")
+    averaged = training.batch_size // (1 if training.sync_batchnorm else processes.world_size)
+    if averaged == 1 and has_batchnorm(network):
+        least = training.batch_size // averaged * 2
+        raise UsageError(
+            f"batch size {training.batch_size} gives BatchNorm nothing to average: use --batch-size {least} or more"
+        )
     per_view_batchnorm(network)
+    if processes.group is not None and training.sync_batchnorm:
+        sync_batchnorm(network, processes.group)
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = build_codes(config).to(device)
     loss = config.loss
@@ -111,6 +137,7 @@ def prepare(config: Config) -> Run:
         config.tau,
         beta=loss.beta,
         prior=loss.prior,
+        group=processes.group if loss.prior_scope == "global" else None,
         implementation=loss.implementation,
         plan=loss.plan,
         memory_budget=loss.memory_budget * 2**20 or None,
@@ -122,21 +149,21 @@ def prepare(config: Config) -> Run:
             torch.manual_seed(training.seed)
             probe = nn.Linear(network.backbone.num_features, len(source.classes)).to(device)  # type: ignore[arg-type]
     optimizer = build_optimizer(config.optimizer, network, probe, config.probe.lr)
-    return Run(
-        config,
-        source,
-        recipe,
-        clock,
-        loader,
-        device,
-        amp_dtype,
-        network,
-        codes,
-        criterion,
-        probe,
-        optimizer,
-        source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
-    )
+    return {
+        "config": config,
+        "source": source,
+        "augmentation": recipe,
+        "clock": clock,
+        "loader": loader,
+        "device": device,
+        "amp_dtype": amp_dtype,
+        "network": network,
+        "codes": codes,
+        "criterion": criterion,
+        "probe": probe,
+        "optimizer": optimizer,
+        "notes": source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
+    }
 
 
 def restore(run: Run, directory: Path) -> tuple[int, float]:
@@ -156,83 +183,83 @@ def restore(run: Run, directory: Path) -> tuple[int, float]:
     return int(facts["step"]), float(facts["seconds"])
 
 
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM only ask: the yielded function says whether one came. A second one acts at once."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield lambda: False
-        return
-    requested = False
-
-    def request(number: int, frame: object) -> None:
-        nonlocal requested
-        requested = True
-        for each, previous in before.items():
-            signal.signal(each, previous)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield lambda: requested
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
 def train(run: Run, directory: Path, console: Console, start_step: int = 0, seconds_before: float = 0.0) -> float:
     """The loop: steps `start_step` to the end, logged and checkpointed under `directory`. Returns the seconds of training.
 
+    Of several processes, process 0 alone logs, tests and saves; the others wait at the next step's collectives.
+
     Raises:
-        TrainingError: a loss is not finite; the last good checkpoint stays.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the state was saved first.
+        TrainingError: a loss is not finite, or another process is gone; the last good checkpoint stays.
+        KeyboardInterrupt: SIGINT or SIGTERM came to any process; the state was saved first.
     """
-    config, total, per_epoch = run.config, run.total_steps, run.clock.steps_per_epoch
+    config, processes, total, per_epoch = run.config, run.processes, run.total_steps, run.clock.steps_per_epoch
     optimizer = config.optimizer
     warmup = round(optimizer.warmup_epochs * per_epoch)
     save_every = config.checkpoint.every_steps or per_epoch
     test_every = config.log.evaluate_epochs * per_epoch
     checkpoints = directory / "checkpoints"
-    metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step)
+    network, probe = run.trained
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
     # Decided for the whole run, so that a resumed one computes the same.
-    count, threads = 2 * config.training.batch_size, torch.get_num_threads()
+    count, threads = 2 * config.training.batch_size // processes.world_size, torch.get_num_threads()
     worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
     photometric = photometric_stage(run.augmentation, config.data.photometric, worthwhile, say)
-    quarantine = Quarantine(
-        run.source.train.images,
-        config.data.max_bad_fraction,
-        directory / "quarantine.csv",
-        known=dict(run.source.known_bad),
-        left_out=run.source.left_out,
-        say=say,
-    )
+    quarantine = _quarantine(run, directory, say)
+    metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step) if processes.main else None
+    if (
+        processes.rank
+    ):  # masks of dropout would otherwise be the same in every process; process 0 keeps the state that is saved
+        torch.manual_seed((config.training.seed + processes.rank) * 1_000_003 + start_step)
     steps = range(start_step, total)
-    batches = training_batches(run.loader, run.source, run.clock, steps, run.device, run.workers, quarantine=quarantine)
+    batches = training_batches(
+        run.loader,
+        run.source,
+        run.clock,
+        steps,
+        run.device,
+        run.workers,
+        processes.rank,
+        processes.world_size,
+        quarantine,
+    )
     mean, std = run.source.normalization(run.device)
     run.network.train()
-    first_bad = torch.full((), -1, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
+    first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
     started = window = time.monotonic()
     waited, window_steps = 0.0, 0
+    agreed = StopAgreement(processes)
 
     def elapsed() -> float:
         return seconds_before + time.monotonic() - started
 
     def save(step: int) -> None:
-        tensors = checkpoint.collect(run.network, run.probe, run.optimizer)
-        checkpoint.save(checkpoints, step, tensors, {**run.facts, "seconds": elapsed()}, config.checkpoint.keep)
+        average_buffers(run.network, processes)
+        share_bad(quarantine, processes)
+        if processes.main:
+            tensors = checkpoint.collect(run.network, run.probe, run.optimizer)
+            checkpoint.save(checkpoints, step, tensors, {**run.facts, "seconds": elapsed()}, config.checkpoint.keep)
+
+    def kept() -> str:
+        found = checkpoint.complete(checkpoints)
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
 
     def check_finite() -> None:
-        if (bad := int(first_bad)) >= 0:
-            kept = checkpoint.complete(checkpoints)
-            rest = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
-            raise TrainingError(f"the loss is not finite at step {bad}: training stopped; {rest}")
+        if (bad := int(processes.least(first_bad))) < NEVER:
+            error = TrainingError(f"the loss is not finite at step {bad}: training stopped; {kept()}")
+            error.agreed = True  # type: ignore[attr-defined]
+            raise error
 
     display = TrainingDisplay(console, total, start_step)
-    with closing(batches), metrics_file, stop_requests() as stop_requested, display:
+    with (
+        lost_peers(processes, kept),
+        closing(batches),
+        metrics_file or nullcontext(),
+        stop_requests() as stop_requested,
+        display,
+    ):
         if total == 0:
             save(0)
         while start_step < total:
@@ -242,14 +269,15 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             views = photometric(batch.views, batch.parameters, mean, std)
             scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
             metrics = training_step(
-                run.network, run.criterion, run.probe, run.optimizer, views, batch.labels, scale, run.amp_dtype
+                network, run.criterion, probe, run.optimizer, views, batch.labels, scale, run.amp_dtype
             )
             step = batch.step + 1  # steps done
             window_steps += 1
-            first_bad = torch.where((first_bad < 0) & ~torch.isfinite(metrics.loss), step, first_bad)
+            first_bad = torch.where((first_bad == NEVER) & ~torch.isfinite(metrics.loss), step, first_bad)
             display.advance(step)
 
             last, testing = step == total, bool(test_every) and step % test_every == 0
+            stopping = agreed(stop_requested()) and not last
             if step % config.log.every_steps == 0 or testing or last:
                 check_finite()
                 now = time.monotonic()
@@ -260,30 +288,58 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                     "seconds": elapsed(),
                 }
                 if (testing or last) and run.probe is not None:
-                    row |= _test(run)
-                metrics_file.write(row)
-                display.show(row, config.training.epochs)
+                    average_buffers(run.network, processes)
+                    row |= _test(run) if processes.main else {}
+                if metrics_file is not None:
+                    metrics_file.write(row)
+                    display.show(row, config.training.epochs)
                 window, waited, window_steps = time.monotonic(), 0.0, 0
-            if step % save_every == 0 or last or stop_requested():
+            if step % save_every == 0 or last or stopping:
                 check_finite()
                 save(step)
-            if last:
-                break
-            if stop_requested():
+            if stopping:
                 raise KeyboardInterrupt
+            if last:
+                agreed.finish()
+                break
     return elapsed()
 
 
+def _quarantine(run: Run, directory: Path, say: Callable[[str], None]) -> Quarantine:
+    """The bad images known when training begins, the same in every process; listed on disk by process 0."""
+    images, limit = run.source.train.images, run.config.data.max_bad_fraction
+    known, left_out, processes = dict(run.source.known_bad), run.source.left_out, run.processes
+    quarantine: Quarantine | None = None
+    with processes.together():
+        if processes.main:
+            path = directory / "quarantine.csv"
+            quarantine = Quarantine(images, limit, path, known=known, left_out=left_out, say=say)
+    listed = processes.from_main({} if quarantine is None else quarantine.bad)
+    return quarantine or Quarantine(images, limit, known=listed, left_out=left_out, say=say)
+
+
+def share_bad(quarantine: Quarantine, processes: Processes) -> None:
+    """What each process found bad becomes known to all. Raises UsageError in all, where that is too much."""
+    with processes.together():
+        for bad in processes.everyone(dict(quarantine.bad)):
+            for index, reason in bad.items():
+                quarantine.add(index, reason)
+
+
 def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str, Any]:
+    """A row of metrics.csv: means over the processes; codes of the batch that the prior saw (a local one: process 0's share)."""
+    measured = [metrics.loss, metrics.prior, metrics.invariance]
+    measured += [] if metrics.probe_accuracy is None else [metrics.probe_accuracy]
+    loss, prior, invariance, *accuracy = run.processes.mean(torch.stack(measured)).tolist()
     return {
         "step": step,
         "epoch": step / run.clock.steps_per_epoch,
-        "loss": float(metrics.loss),
-        "prior": float(metrics.prior),
-        "invariance": float(metrics.invariance),
+        "loss": loss,
+        "prior": prior,
+        "invariance": invariance,
         "codes_used": int(metrics.codes_used),
         "lr": run.config.optimizer.lr * lr_scale,
-        "probe_train_accuracy": None if metrics.probe_accuracy is None else float(metrics.probe_accuracy),
+        "probe_train_accuracy": accuracy[0] if accuracy else None,
     }
 
 

@@ -1,0 +1,355 @@
+"""A run in several gloo processes is the run of one process: losses, parameters, checkpoints, signals."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+
+from falcon_fast.batchnorm import per_view_batchnorm
+from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.data.fused import photometric_stage
+from falcon_fast.data.loader import training_batches
+from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.runs import create_run_directory
+from falcon_fast.training import checkpoint, parallel, trainer
+from falcon_fast.training.parallel import Processes, StopAgreement
+from falcon_fast.training.step import training_step
+
+from .processes import in_processes
+
+SETTINGS = {
+    "model.width": 4,
+    "loss.embedding_dim": 32,
+    "loss.num_codes": 64,
+    "loss.implementation": "reference",
+    "training.epochs": 1,
+    "training.batch_size": 128,
+    "log.every_steps": 1,
+    "checkpoint.every_steps": 5,
+    "checkpoint.keep": 10,
+}  # 11 steps
+QUIET = Console(quiet=True)
+TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64"]
+
+
+def member(rank: int, world: int) -> Processes:
+    control = dist.new_group(backend="gloo")
+    return Processes(rank, world, rank, dist.group.WORLD, control, 60)
+
+
+def trained(directory: Path, processes: Processes | None = None, resume: bool = False, **changes) -> trainer.Run:
+    settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
+    run = trainer.prepare(validate(override(load_recipe("digits"), settings)), processes)
+    step, seconds = trainer.restore(run, directory) if resume else (0, 0.0)
+    if not resume and run.processes.main:
+        create_run_directory(directory, run.config)
+    trainer.train(run, directory, QUIET, step, seconds)
+    return run
+
+
+def state(run: trainer.Run) -> dict:
+    tensors = {f"network.{k}": v for k, v in run.network.state_dict().items()}
+    tensors |= {f"probe.{k}": v for k, v in run.probe.state_dict().items()}
+    return {k: v.numpy() for k, v in tensors.items()}
+
+
+def rows(directory: Path) -> list[dict[str, float]]:
+    columns = ("step", "loss", "prior", "invariance", "codes_used", "probe_train_accuracy")
+    with (directory / "metrics.csv").open() as file:
+        return [{c: float(row[c]) for c in columns} for row in csv.DictReader(file)]
+
+
+def only_step_5(directory: Path, copy: Path) -> Path:
+    (copy / "checkpoints").mkdir(parents=True)
+    shutil.copy(directory / "config.toml", copy)
+    shutil.copytree(directory / "checkpoints" / "step-00000005", copy / "checkpoints" / "step-00000005")
+    return copy
+
+
+def exact_steps(processes: Processes, prior: str, steps: int = 5) -> tuple[list[float], dict]:
+    """Losses and weights of some steps in float64, where nothing but a mistake can grow to 1e-9.
+
+    In float32 rounding flips ReLUs, hundreds of alike background pixels at once: gradients differ by 1e-3 from the first step on.
+    """
+    settings = SETTINGS | {"loss.prior": prior, "optimizer.name": "sgd", "optimizer.lr": 0.05}
+    run = trainer.prepare(validate(override(load_recipe("digits"), settings)), processes)
+    run.network.double()
+    run.probe.double()
+    projector = run.network.projector  # whose own forward makes float32 of everything
+    projector.forward = lambda features: torch.tanh(projector.norm(projector.linear(features)))
+    run.__post_init__()
+    run.probe.forward = lambda features: nn.functional.linear(features.double(), run.probe.weight, run.probe.bias)
+    photometric = photometric_stage(run.augmentation, "eager", False, print)
+    mean, std = run.source.normalization(run.device)
+    losses = []
+    share = (processes.rank, processes.world_size)
+    for batch in training_batches(run.loader, run.source, run.clock, range(steps), run.device, 0, *share):
+        views = photometric(batch.views, batch.parameters, mean, std).double()
+        metrics = training_step(run.trained[0], run.criterion, run.trained[1], run.optimizer, views, batch.labels, 1.0)
+        losses.append(processes.mean(metrics.loss).item())
+    return losses, state(run)
+
+
+def _two_processes(rank, world, folder):
+    processes = member(rank, world)
+    found = {f"exact-{prior}": exact_steps(processes, prior) for prior in PRIORS}
+    found["reverse"] = state(trained(folder / "two-reverse", processes))
+    found["resumed"] = state(trained(folder / "one-cut", processes, resume=True))
+    loose = trained(folder / "loose", processes, loss__prior_scope="local", training__sync_batchnorm=False)
+    found["loose"] = state(loose)
+    # What one process alone finds wrong, all say.
+    for error in (UsageError("no such thing"), OSError(28, "No space left on device")):
+        try:
+            with processes.together():
+                if rank == 1:
+                    raise error
+        except type(error) as raised:
+            found[type(error).__name__] = str(raised)
+    stop, answers = StopAgreement(processes), []
+    for step in range(4):
+        answers.append(stop(rank == 1 and step >= 1))
+    found["stops"] = [*answers, stop.finish()]
+    return found
+
+
+PRIORS = ("reverse", "forward")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """The runs of a single process, and the first half of one to continue."""
+    runs = {prior: trained(folder / f"one-{prior}", loss__prior=prior) for prior in PRIORS[:1]}
+    only_step_5(folder / "one-reverse", folder / "one-cut")
+    return runs
+
+
+@pytest.fixture(scope="module")
+def two(folder, one):
+    return in_processes(_two_processes, 2, folder, folder)
+
+
+def assert_near(mine: dict, theirs: dict, tolerance: float = 1e-5) -> None:
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        a, b = torch.from_numpy(mine[key]).double(), torch.from_numpy(value).double()
+        assert (a - b).norm() <= tolerance * b.norm().clamp(min=1.0), key
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_two_processes_take_the_steps_of_one_with_the_whole_batch(two, prior):
+    losses, weights = exact_steps(Processes(), prior)
+    for found in two:
+        mine, theirs = found[f"exact-{prior}"]
+        assert mine == pytest.approx(losses, rel=1e-9)
+        assert_near(theirs, weights, 1e-9)
+    assert abs(losses[0] / losses[-1] - 1) > 0.1  # something was learnt
+
+
+def test_the_loop_in_two_processes_is_that_of_one(folder, one, two):
+    mine, theirs = rows(folder / "two-reverse"), rows(folder / "one-reverse")
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs] == list(range(1, 12))
+    assert mine[0] == pytest.approx(theirs[0], rel=1e-4)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.2)
+
+
+def test_processes_end_with_the_same_weights(two):
+    for key in ("reverse", "resumed", "loose"):
+        for name, value in two[0][key].items():
+            assert (value == two[1][key][name]).all(), (key, name)
+
+
+def test_another_number_of_processes_continues_a_run(folder, one, two):
+    """The step after the checkpoint has the loss that it had: data, weights and statistics are the same."""
+    one_to_two, whole = rows(folder / "one-cut"), rows(folder / "one-reverse")
+    assert one_to_two[0] == pytest.approx(whole[5], rel=1e-4) and len(one_to_two) == 6
+    trained(only_step_5(folder / "two-reverse", folder / "two-cut"), resume=True)
+    two_to_one, whole = rows(folder / "two-cut"), rows(folder / "two-reverse")
+    assert two_to_one[0] == pytest.approx(whole[5], rel=1e-4)
+    assert [row["step"] for row in two_to_one] == list(range(6, 12))
+
+
+def test_one_process_alone_writes(folder, two):
+    names = [p.name for p in checkpoint.complete(folder / "two-reverse" / "checkpoints")]
+    assert names == ["step-00000005", "step-00000010", "step-00000011"]
+    assert sorted(p.name for p in (folder / "two-reverse").iterdir()) == ["checkpoints", "config.toml", "metrics.csv"]
+
+
+def test_a_local_prior_and_batchnorm_are_another_run(one, two):
+    weight = "network.backbone.stem.0.weight"
+    assert abs(two[0]["loose"][weight] - state(one["reverse"])[weight]).max() > 1e-4
+
+
+def test_an_error_of_one_process_is_everyones(two):
+    assert [found["UsageError"] for found in two] == ["process 1: no such thing"] * 2
+    assert all("No space left" in found["OSError"] for found in two)
+
+
+def test_all_stop_after_the_same_step(two):
+    assert [found["stops"] for found in two] == [[False, False, True, True, True]] * 2
+
+
+def test_alone_nothing_is_asked():
+    alone, layer = Processes(), nn.BatchNorm1d(3)
+    assert alone.main and alone.everyone(3) == [3] and alone.main_first(lambda: 4) == 4
+    assert parallel.data_parallel(layer, alone) is layer
+    parallel.average_buffers(layer, alone)
+    assert StopAgreement(alone)(True) and not StopAgreement(alone).finish()
+    with pytest.raises(RuntimeError, match="gloo"), parallel.lost_peers(alone, lambda: "kept"):
+        raise RuntimeError("[gloo/pair.cc] Connection closed by peer")
+    with pytest.raises(UsageError, match="mine"), alone.together():
+        raise UsageError("mine")
+
+
+def test_a_lost_process_is_one_line_that_says_what_is_kept():
+    several = Processes(0, 2, 0, group=object())
+    line = r"lost another process .*Connection closed.*: training stopped; kept$"
+    with pytest.raises(TrainingError, match=line), parallel.lost_peers(several, lambda: "kept"):
+        raise RuntimeError("[gloo/pair.cc] Connection closed by peer\nmore")
+    with pytest.raises(RuntimeError, match="other"), parallel.lost_peers(several, lambda: "kept"):
+        raise RuntimeError("other")
+
+
+@pytest.mark.parametrize(
+    ("world", "arguments", "expected"),
+    [
+        (2, ("single", "cpu", 64), "torchrun started 2"),
+        (3, ("auto", "cpu", 64), "make it a multiple of 3"),
+        (2, ("ddp", "cuda:0", 64), "--device cuda"),
+        (99, ("ddp", "cuda", 99), "99 processes on a machine with"),
+        (None, ("ddp", "cpu", 64), "needs torchrun"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anyone_waits(monkeypatch, world, arguments, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert parallel.speaks(UsageError())
+    if world is not None:
+        for name, value in (
+            ("RANK", 1),
+            ("WORLD_SIZE", world),
+            ("LOCAL_RANK", 1),
+            ("MASTER_ADDR", "x"),
+            ("MASTER_PORT", 1),
+        ):
+            monkeypatch.setenv(name, str(value))
+        assert not parallel.speaks(UsageError())  # process 0 says it
+    with pytest.raises(UsageError, match=expected) as caught:
+        parallel.join(*arguments, timeout=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_share_of_one_image_needs_synchronised_batchnorm():
+    config = validate(
+        override(load_recipe("digits"), SETTINGS | {"training.batch_size": 2, "training.sync_batchnorm": False})
+    )
+    source = trainer.open_source(config.data)
+    with pytest.raises(UsageError, match="--batch-size 4"):
+        trainer._build(config, source, Processes(0, 2, 0))
+
+
+# ---- under torchrun ----
+
+
+def torchrun(*arguments: object, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "falcon_fast", "train", *map(str, arguments)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    metrics = directory / "metrics.csv"
+    while time.monotonic() < end and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+def test_torchrun_stopped_by_a_signal_saves_and_continues_in_one_process(tmp_path):
+    directory = tmp_path / "run"
+    options = [
+        "--epochs",
+        500,
+        "--set",
+        "log.every_steps=1",
+        "--set",
+        "log.evaluate_epochs=0",
+        "--set",
+        "data.workers=1",
+    ]
+    process = torchrun(*TINY, *options, "--set", "data.loader=workers", "--run-dir", directory, cwd=tmp_path)
+    wait_for_step(process, directory, 3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert out.count(f"stopped; continue with: falcon-fast train --resume {directory}") == 1, (out, err)
+    assert "64 images on 2 cpu processes" in out
+    (path,) = checkpoint.complete(directory / "checkpoints")
+    step = json.loads((path / "run.json").read_text())["step"]
+    with (directory / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, step + 1))
+    config = trainer.prepare(checkpoint_config(directory))
+    assert trainer.restore(config, directory)[0] == step
+
+
+def checkpoint_config(directory: Path):
+    from falcon_fast.config import load_config
+
+    config = load_config(directory / "config.toml")
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, strategy="single"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_stops_the_others_and_the_checkpoint_stays(tmp_path):
+    directory = tmp_path / "run"
+    options = ["--epochs", 500, "--set", "log.every_steps=1", "--set", "log.evaluate_epochs=0"]
+    process = torchrun(*TINY, *options, "--set", "checkpoint.every_steps=5", "--run-dir", directory, cwd=tmp_path)
+    wait_for_step(process, directory, 12)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = next(
+        c for c in children if b"RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes().replace(b"LOCAL_RANK", b"L")
+    )
+    os.kill(int(victim), signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "lost another process" in err and "the last good checkpoint is" in err
+    assert trainer.restore(trainer.prepare(checkpoint_config(directory)), directory)[0] % 5 == 0
+
+
+@pytest.mark.slow
+def test_a_whole_run_under_torchrun(tmp_path):
+    process = torchrun(*TINY, "--epochs", 1, "--run-dir", tmp_path / "run", cwd=tmp_path)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert out.count("everything is in") == 1
+    assert (tmp_path / "run" / "result.json").exists() and (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_average_buffers_alone_leaves_them():
+    layer = per_view_batchnorm(nn.BatchNorm1d(3))
+    before = layer.running_var.clone()
+    parallel.average_buffers(layer, Processes())
+    assert torch.equal(layer.running_var, before)
