@@ -17,6 +17,8 @@ from torch import nn
 from falcon_fast import FalconProjector
 from falcon_fast.batchnorm import per_view_batchnorm
 
+from .conftest import as_graph, milliseconds, peak_bytes
+
 # Images a view, width of the features, f.
 SHAPES = [(64, 512, 2048), (256, 512, 2048), (1024, 2048, 2048), (1024, 512, 512), (4096, 384, 4096)]
 ROUNDS = 30
@@ -34,42 +36,14 @@ class Layers(nn.Module):
         return torch.tanh(y) if self.row_norm is None else nn.functional.normalize(y, dim=1) * self.row_norm
 
 
-def milliseconds(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median of each function, one after the other in every round, by the device's own clock."""
+def medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of each function, one after the other in every round."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             function()
-            torch.cuda.synchronize()
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            found[name].append(start.elapsed_time(end))
+            found[name].append(milliseconds(function))
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The same as a CUDA graph: the kernels alone, without the host between them."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def peak_mib(function: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are timed on an NVIDIA GPU, and there is none")
@@ -99,8 +73,8 @@ def test_projector(table, n, d, f, activation) -> None:
     x = features.detach().double()
     h = exact(x)
     truth = (h.detach(), torch.autograd.grad(h, exact.linear.weight, g.double())[0])
-    graphs = {name: captured(run) for name, run in steps.items()}
-    eager, replayed = milliseconds(steps), milliseconds(graphs)
+    graphs = {name: as_graph(run) for name, run in steps.items()}
+    eager, replayed = medians(steps), medians(graphs)
     for name, run in steps.items():
         found = run()
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip((found[0], found[2]), truth, strict=True)]
@@ -110,5 +84,5 @@ def test_projector(table, n, d, f, activation) -> None:
             shape=f"({n}, {d}, {f})",
             which=name,
             **{"ms": eager[name], "ms as a graph": replayed[name], "times faster": replayed["layers"] / replayed[name]},
-            **{"peak MiB": peak_mib(run), "h error": errors[0], "dW error": errors[1]},
+            **{"peak MiB": (peak_bytes(run) or 0) / 2**20, "h error": errors[0], "dW error": errors[1]},
         )

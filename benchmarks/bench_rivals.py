@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +18,7 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 
 from . import rivals
 from .bench_loss import embeddings
-from .conftest import extra_peak_memory
+from .conftest import as_graph, milliseconds, peak_bytes
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -34,30 +33,6 @@ LARGEST_EXACT = 2**30  # N c up to which the float64 sweeps are run for the erro
 IMPLEMENTATION = "triton" if ON_GPU else "cpu"
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    if not ON_GPU:
-        start = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def peak_bytes(function: Callable[[], object]) -> int | None:
-    if not ON_GPU:
-        return extra_peak_memory(function)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 @pytest.fixture(scope="module")
 def product_rate() -> float:
     """FLOP/s of torch's own product here: fp16 (8192^3) on a GPU, float32 (2048^3) on a CPU."""
@@ -66,19 +41,6 @@ def product_rate() -> float:
     for _ in range(3):
         a @ b
     return 2e3 * size**3 / statistics.median(milliseconds(lambda: a @ b) for _ in range(ROUNDS))
-
-
-def as_graph(function: Callable[[], object]) -> Callable[[], object]:
-    """`function` captured as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
 
 
 @pytest.mark.parametrize(("n", "f", "c"), SHAPES, ids=str)

@@ -55,6 +55,45 @@ def extra_peak_memory(function: Callable[[], object]) -> int | None:
         return None
 
 
+def milliseconds(function: Callable[[], object]) -> float:
+    """One call, by the clock of the GPU if there is one, else the host's."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """What one call adds to the memory of the GPU if there is one, else to resident memory, at its peak."""
+    if not torch.cuda.is_available():
+        return extra_peak_memory(function)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def as_graph(function: Callable[[], object]) -> Callable[[], object]:
+    """`function` captured as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
