@@ -74,8 +74,10 @@ def logits_tiles(n: int, c: int, capability: tuple[int, int], processors: int) -
 
 
 def product_tiles(capability: tuple[int, int]) -> ProductTiles:
-    """The block of dZ W^T."""
-    return ProductTiles(128, 256, 64, 16, 3) if capability[0] == 9 else ProductTiles(128, 128, 64, 8, 3)
+    """The block of dZ W^T. On sm_80 128 rows spill where their number is no multiple of 16; 64 take 178 registers."""
+    if capability[0] == 9:
+        return ProductTiles(128, 256, 64, 16, 3)
+    return ProductTiles(64 if capability[0] == 8 else 128, 128, 64, 8, 3)
 
 
 def dense_plan(
@@ -145,7 +147,8 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     width = b
     while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
         width //= 2
-    column_rows = max(1 if a > 1 else 16, (8192 if capability[0] == 9 else 4096) // (width * a))
+    at_once = 8192 if capability[0] == 9 else 2048 if f > 256 else 1024  # logits of a view; more spills
+    column_rows = max(1 if a > 1 else 16, at_once // (width * a))
 
     def splits_for(programs: int) -> int:
         return max(1, min(blocks, -(-2 * processors // programs)))
