@@ -6,7 +6,8 @@ processes DistributedDataParallel stays outside, so the graph is whole, the all-
 gradients then come out together, and their averaging waits for the last of them.
 
 It does not pay everywhere. Measured on two cores of an AMD EPYC, float32, whole steps against eager
-(benchmarks/bench_compile.py): ResNet-8 of width 32 at 32 px and batch 128, 0.61 times the images/s; width 8 at 16 px and batch 64, 1.08 times.
+(benchmarks/bench_compile.py): ResNet-8 of width 32 at 32 px and batch 128, 0.61 times the images/s; width 8 at 16 px and
+batch 64, 1.08 times.
 """
 
 from __future__ import annotations
