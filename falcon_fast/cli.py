@@ -38,6 +38,7 @@ cli.add_command(data)
 @click.option("--batch-size", type=int, help="Images a step; each is seen in two views.")
 @click.option("--loader", metavar="NAME", help="auto (default), dali, resident, workers; synthetic to leave it out.")
 @click.option("--amp/--no-amp", default=None, help="bfloat16 autocast.")
+@click.option("--compile/--no-compile", default=None, help="torch.compile of the network; measure before use.")
 @click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
 @click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
 @click.option("--embedding-dim", type=int, help="Width of an embedding (f).")
@@ -174,6 +175,7 @@ OPTION_KEYS = {
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
     "amp": "training.amp",
+    "compile": "training.compile",
     "codes": "loss.codes",
     "num_codes": "loss.num_codes",
     "embedding_dim": "loss.embedding_dim",
@@ -190,6 +192,7 @@ def describe(run: Any, directory: Path, step: int) -> str:
     precision = "float32" if run.amp_dtype is None else "bfloat16 autocast"
     beginning = f"from step {step} of " if step else ""
     processes = run.processes.world_size
+    precision += ", compiled" if config.training.compile else ""
     place = str(run.device) if processes == 1 else f"{processes} {run.device.type} processes"
     return (
         f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "

@@ -98,6 +98,7 @@ class TrainingConfig:
     epochs: int = 100
     batch_size: int = 256  # images a step, over all processes; each gives two views
     amp: bool = False
+    compile: bool = False  # the network, by torch.compile
     seed: int = 0
     device: str = "auto"
     strategy: str = "auto"  # ddp where torchrun started several processes, else single

@@ -34,6 +34,7 @@ from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
+from falcon_fast.training.compiled import compiled_network, compiler_failures
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import build_optimizer, learning_rate
 from falcon_fast.training.parallel import Processes, StopAgreement, average_buffers, data_parallel, lost_peers
@@ -68,8 +69,9 @@ class Run:
     trained: tuple[nn.Module, nn.Module | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        network = compiled_network(self.network) if self.config.training.compile else self.network
         self.trained = (
-            data_parallel(self.network, self.processes),
+            data_parallel(network, self.processes),
             None if self.probe is None else data_parallel(self.probe, self.processes),
         )
 
@@ -254,6 +256,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
 
     display = TrainingDisplay(console, total, start_step)
     with (
+        compiler_failures(),
         lost_peers(processes, kept),
         closing(batches),
         metrics_file or nullcontext(),
