@@ -201,7 +201,9 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     # Decided for the whole run, so that a resumed one computes the same.
     count, threads = 2 * config.training.batch_size, torch.get_num_threads()
     worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
-    photometric = photometric_stage(run.augmentation, config.data.photometric, worthwhile, say)
+    photometric = photometric_stage(
+        run.augmentation, config.data.photometric, worthwhile, say, run.device, run.amp_dtype or torch.float32
+    )
     quarantine = Quarantine(
         run.source.train.images,
         config.data.max_bad_fraction,
