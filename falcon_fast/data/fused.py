@@ -30,9 +30,11 @@ from falcon_fast.data.augmentation import Augmentation
 from falcon_fast.data.images import reason_of
 from falcon_fast.data.photometric import GRAY_WEIGHTS, NO_BLUR, PhotometricTensors, augment
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels import why_no_triton
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _Planes = tuple[Tensor, Tensor, Tensor]
+CPU = torch.device("cpu")
 
 # (images, parameters, mean, std) -> normalised views, as `photometric.augment` without its recipe
 Photometric = Callable[[Tensor, PhotometricTensors, Tensor, Tensor], Tensor]
@@ -203,25 +205,87 @@ def pays(steps: int, views: int, size: int, threads: int) -> bool:
     return steps * views * size * size * SAVED_PER_PIXEL / threads > COMPILE_SECONDS
 
 
+def triton_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
+    """`photometric.augment` in Triton: (N, 3, H, W) in `dtype`, channels_last, in one launch to three."""
+    from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
+
+    a = augmentation
+    jitter = a.jitter_probability > 0
+    recipe = Recipe(
+        operations=(
+            jitter and a.brightness > 0,
+            jitter and a.contrast > 0,
+            jitter and a.saturation > 0,
+            jitter and a.hue > 0,
+        ),
+        gray=a.gray_probability > 0,
+        max_sigma=a.blur_sigma[1] if max(a.blur_probability) > 0 else 0.0,
+        solarize=max(a.solarize_probability) > 0,
+        threshold=a.solarize_threshold / 255,
+    )
+
+    def stage(images: Tensor, p: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
+        return augment_views(images, p.factors, p.order, p.gray, p.sigma, p.solarize, mean, std, recipe, dtype)
+
+    return stage
+
+
 def photometric_stage(
-    augmentation: Augmentation, mode: str, worthwhile: bool, say: Callable[[str], None] = lambda line: None
+    augmentation: Augmentation,
+    mode: str,
+    worthwhile: bool,
+    say: Callable[[str], None] = lambda line: None,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Photometric:
-    """The photometric stage of a run.
+    """The photometric stage of a run on `device`.
 
-    mode: `eager`, `compiled`, or `auto`: compiled if `worthwhile`, eager with a line to `say` where it cannot be compiled.
+    mode: `eager`, `compiled`, `triton`, or `auto`: compiled if `worthwhile`, eager with a line to `say` where it cannot be
+    compiled.
+    dtype: of the views that triton makes; the others make float32.
 
-    Raises (when first called):
-        UsageError: mode is `compiled` and there is no working compiler.
+    Raises:
+        UsageError: mode is `triton` and it does not run on the device; when first called, mode is `compiled` or `triton` and
+            there is no working compiler.
     """
+    reason = why_no_triton(device)
+    if mode == "triton" and reason:
+        raise UsageError(f"data.photometric=triton does not work here ({reason}): set data.photometric=auto")
 
     def eager(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
         return augment(images, parameters, mean, std, augmentation)
 
     if mode == "eager" or (mode == "auto" and not worthwhile):
         return eager
+    if mode == "triton":  # not auto's choice before it has run on a GPU
+        stage = triton_stage(augmentation, dtype)
+    else:
+        stage = _compiled_stage(augmentation)
+    chosen: list[Photometric] = []
+
+    def first(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
+        if chosen:
+            return chosen[0](images, parameters, mean, std)
+        try:
+            views = stage(images, parameters, mean, std)
+        except Exception as error:  # the compiler raises whatever it runs into, most often that there is no g++
+            reason = reason_of(error)[:300]
+            if mode in ("compiled", "triton"):
+                raise UsageError(
+                    f"the augmentations cannot be compiled ({reason}): set data.photometric=eager"
+                ) from None
+            say(f"the augmentations cannot be compiled ({reason}): they run uncompiled, more slowly")
+            chosen.append(eager)
+            return eager(images, parameters, mean, std)
+        chosen.append(stage)
+        return views
+
+    return first
+
+
+def _compiled_stage(augmentation: Augmentation) -> Photometric:
     whole = torch.compile(fused, fullgraph=True, dynamic=False)
     on_cpu = torch.compile(apply, fullgraph=True, dynamic=False)
-    chosen: list[Photometric] = []
 
     def compiled(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
         if images.device.type != "cpu":
@@ -234,21 +298,4 @@ def photometric_stage(
             views[part] = on_cpu(images[part].contiguous(), numbers.part(part), mean, std, augmentation)
         return views
 
-    def first(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
-        if chosen:
-            return chosen[0](images, parameters, mean, std)
-        try:
-            views = compiled(images, parameters, mean, std)
-        except Exception as error:  # the compiler raises whatever it runs into, most often that there is no g++
-            reason = reason_of(error)[:300]
-            if mode == "compiled":
-                raise UsageError(
-                    f"the augmentations cannot be compiled ({reason}): set data.photometric=eager"
-                ) from None
-            say(f"the augmentations cannot be compiled ({reason}): they run uncompiled, more slowly")
-            chosen.append(eager)
-            return eager(images, parameters, mean, std)
-        chosen.append(compiled)
-        return views
-
-    return first
+    return compiled

@@ -208,12 +208,13 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     # Decided for the whole run, so that a resumed one computes the same.
     count, threads = 2 * config.training.batch_size // processes.world_size, torch.get_num_threads()
     worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
-    photometric = photometric_stage(run.augmentation, config.data.photometric, worthwhile, say)
+    photometric = photometric_stage(
+        run.augmentation, config.data.photometric, worthwhile, say, run.device, run.amp_dtype or torch.float32
+    )
     quarantine = _quarantine(run, directory, say)
     metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step) if processes.main else None
-    if (
-        processes.rank
-    ):  # masks of dropout would otherwise be the same in every process; process 0 keeps the state that is saved
+    # Masks of dropout would otherwise be the same in every process; process 0 keeps the state that is saved.
+    if processes.rank:
         torch.manual_seed((config.training.seed + processes.rank) * 1_000_003 + start_step)
     steps = range(start_step, total)
     batches = training_batches(

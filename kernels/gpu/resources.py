@@ -1,7 +1,7 @@
 """What the kernels take of a GPU, without one: compiled ahead of time, registers, spills, shared memory and tensor-core use.
 
-`python -m falcon_fast.kernels.gpu.resources 90` prints a table for sm_90 of every kernel that loss and projector launch at their
-SHAPES (not under TRITON_INTERPRET, where kernels are Python functions). triton ships the tools that read a binary.
+`python -m falcon_fast.kernels.gpu.resources 90` prints a table for sm_90 of every kernel that loss, projector and augmentation
+launch at their SHAPES (not under TRITON_INTERPRET, where kernels are Python functions). triton ships what reads a binary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
 from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.gradient import combine
 from falcon_fast.kernels.gpu.launch import Launch, compile_ahead, recording
@@ -50,6 +51,20 @@ MORE_PROJECTOR_SHAPES = [
     (200, 100, 4.0, torch.float32, True),
     (8192, 4096, None, torch.float32, True),
     (1, 100, 4.0, torch.bfloat16, False),
+]
+# Views, side, recipe, dtype, uint8 channels_last
+_EVERYTHING = Recipe((True, True, True, True), True, 2.0, True, 128 / 255)
+AUGMENTATION_SHAPES = [
+    (128, 32, _EVERYTHING._replace(max_sigma=0.0), torch.bfloat16, True),
+    (512, 224, _EVERYTHING, torch.float16, True),
+]
+MORE_AUGMENTATION_SHAPES = [
+    (512, 32, _EVERYTHING, torch.float32, True),
+    (128, 64, _EVERYTHING, torch.bfloat16, True),
+    (64, 224, _EVERYTHING._replace(solarize=False), torch.bfloat16, False),
+    (64, 96, _EVERYTHING._replace(max_sigma=0.0), torch.float32, True),
+    (7, 1024, _EVERYTHING, torch.bfloat16, True),
+    (64, 28, Recipe((True, False, False, False), False, 0.0, False, 0.5), torch.float16, True),
 ]
 
 
@@ -97,6 +112,18 @@ def projector_launches(
         forward = len(found)
         gradients(g, x, statistics, column, column, length, row_norm, dtype, None)
     return found[:forward], found[forward:]
+
+
+def augmentation_launches(shape: tuple[int, int, Recipe, torch.dtype, bool], architecture: int) -> list[Launch]:
+    """The launches of the photometric stage."""
+    n, side, recipe, dtype, channels_last = shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.empty(n, 3, side, side, dtype=torch.uint8, device="meta").to(memory_format=layout)
+    packed, column = torch.empty(n, 11, device="meta"), torch.empty(3, device="meta")
+    flag = packed[:, 9] > 0
+    with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
+        augment_views(images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype)
+    return found
 
 
 def resources(launched: Launch, architecture: int) -> Resources:
@@ -151,11 +178,21 @@ def projector_resources(
     return distinct(every, architecture)
 
 
+def augmentation_resources(
+    architecture: int, shapes: list[tuple[int, int, Recipe, torch.dtype, bool]]
+) -> Iterator[Resources]:
+    """Of the kernels that the photometric stage launches at the shapes."""
+    every = (x for shape in shapes for x in augmentation_launches(shape, architecture))
+    return distinct(every, architecture)
+
+
 def main(architecture: int, *, more: bool = False, prior: str = "reverse") -> None:
     print(f"{'kernel':24} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}  tensor cores, constants")
     of_loss = all_resources(architecture, SHAPES + (MORE_SHAPES if more else []), prior)
     shapes = PROJECTOR_SHAPES + (MORE_PROJECTOR_SHAPES if more else [])
-    for found in itertools.chain(of_loss, projector_resources(architecture, shapes)):
+    of_projector = projector_resources(architecture, shapes)
+    views = AUGMENTATION_SHAPES + (MORE_AUGMENTATION_SHAPES if more else [])
+    for found in itertools.chain(of_loss, of_projector, augmentation_resources(architecture, views)):
         used = sum(count for name, count in found.instructions.items() if name in ("HMMA", *TENSOR_CORE.values()))
         print(
             f"{found.name:24} {found.warps:5} {found.registers:9} {found.stack:5} {found.shared:7}  {used:3} "
