@@ -7,12 +7,15 @@ import gc
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from falcon_fast.kernels import cpu_extension
 
 from falcon_fast.info import cpu_name
 
@@ -36,7 +39,10 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def extra_peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that `function` adds at its peak, its freed scratch included; None where Linux does not tell."""
+    """Bytes of resident memory that `function` adds at its peak, its freed scratch included; None where Linux does not tell.
+
+    Run it once before: what the extension then keeps for the thread's next call is counted as well.
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         gc.collect()
@@ -44,7 +50,7 @@ def extra_peak_memory(function: Callable[[], object]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident
         before = _status("VmHWM")
         function()
-        return _status("VmHWM") - before
+        return _status("VmHWM") - before + (cpu_extension.scratch_kept() if cpu_extension is not None else 0)
     except OSError:
         return None
 
@@ -77,6 +83,15 @@ class Table:
         return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _output(*command: str) -> str | None:
+    """What a command prints, in one line; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 @pytest.fixture(scope="module")
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     table = Table()
@@ -86,7 +101,15 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
     }
+    if torch.cuda.is_available():
+        machine |= {
+            "gpu": torch.cuda.get_device_name(),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+            "cuda": torch.version.cuda,
+            "triton": metadata.version("triton"),
+        }
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
         print("\n".join(table.lines()))

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from falcon_fast.errors import UsageError
-from falcon_fast.kernels import loss_implementations
+from falcon_fast.kernels import IMPLEMENTATIONS as LOSS_IMPLEMENTATIONS
 from falcon_fast.objective import temperature
-from falcon_fast.objective.loss import PRIORS
+from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
@@ -28,7 +28,7 @@ PHOTOMETRIC = ("auto", "eager", "compiled")
 SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-IMPLEMENTATIONS = ("auto", *dict.fromkeys((*loss_implementations("cpu"), *loss_implementations("cuda"))))
+IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 
@@ -65,6 +65,10 @@ class LossConfig:
     beta: float = 1.0
     prior: str = "reverse"
     implementation: str = "auto"
+    plan: str = "auto"  # of the N x c logits: stored, streaming, or what fits the budget and is faster
+    memory_budget: int = (
+        0  # MiB that the loss may hold beyond its inputs and the dictionary; 0: what `auto` takes by itself
+    )
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,7 @@ def validate(config: Config) -> Config:
         ("loss.activation", loss.activation, ACTIVATIONS),
         ("loss.prior", loss.prior, PRIORS),
         ("loss.implementation", loss.implementation, IMPLEMENTATIONS),
+        ("loss.plan", loss.plan, PLANS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),
     ):
         if value not in valid:
@@ -268,6 +273,7 @@ def validate(config: Config) -> Config:
         ("model.width", model.width, 1),
         ("loss.temperature_batch", loss.temperature_batch, 1),
         ("loss.beta", loss.beta, 0),
+        ("loss.memory_budget", loss.memory_budget, 0),
         ("optimizer.lr", optimizer.lr, 0),
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("optimizer.warmup_epochs", optimizer.warmup_epochs, 0),

@@ -13,7 +13,7 @@ import torch
 from falcon_fast import __version__
 from falcon_fast.config import recipe_description, recipe_names
 from falcon_fast.devices import mixed_precision
-from falcon_fast.kernels import cpu_extension, loss_implementations
+from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_triton
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 
@@ -33,13 +33,15 @@ def report() -> Iterator[str]:
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         dtype, _ = mixed_precision(True, torch.device(kind))
         precision = "float32" if dtype is None else "bfloat16"
-        yield f"{kind}: loss {', '.join(loss_implementations(kind))}; --amp trains in {precision}"
+        yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"
     built = (
         f"built, running {cpu_extension.level()}"
         if cpu_extension
         else "not built (no C++ compiler at installation): PyTorch does their work, more slowly"
     )
     yield f"C++ kernels: {built}"
+    triton = why_no_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    yield f"Triton kernels: {'not used: ' + triton if triton else 'run here'}"
     yield "recipes:"
     for name in recipe_names():
         yield f"  {name:16} {recipe_description(name)}"

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import torch
 from falcon_fast.kernels.cpu.extension import cpu_extension
+from falcon_fast.kernels.gpu.support import why_not as why_no_triton
 
-__all__ = ["cpu_extension", "loss_implementations", "pack_signs", "unpack_signs"]
+__all__ = ["IMPLEMENTATIONS", "cpu_extension", "loss_implementations", "pack_signs", "unpack_signs", "why_no_triton"]
+
+IMPLEMENTATIONS = ("cpu", "triton", "reference")
 
 
-def loss_implementations(device_type: str) -> tuple[str, ...]:
-    """The names `falcon_loss(implementation=...)` accepts for tensors on `device_type`, fastest first."""
-    return ("cpu", "reference") if device_type == "cpu" else ("reference",)
+def loss_implementations(device: torch.device) -> tuple[str, ...]:
+    """The names `falcon_loss(implementation=...)` accepts for tensors on `device`, the one that `auto` takes first."""
+    triton = () if why_no_triton(device) else ("triton",)
+    return ("cpu", *triton, "reference") if device.type == "cpu" else (*triton, "reference")
 
 
 def pack_signs(signs: torch.Tensor) -> torch.Tensor:

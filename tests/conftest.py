@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# Before anything imports triton: without a GPU its kernels run on CPU tensors, in Python.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A slow or busy machine is no error, and a failing example found there must be found everywhere.
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)

@@ -271,3 +271,30 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_plan_explains_the_loss_on_a_gpu_that_need_not_be_there(falcon_fast):
+    code, out, _ = falcon_fast(
+        "plan", "--gpu", "h200", "--batch-size", 1024, "--num-codes", 524288, "--memory-budget", 512
+    )
+    assert code == 0 and "chosen: streaming" in out and "524,288 rademacher codes on H200" in out
+    assert "starts frozen" in falcon_fast("plan", "--embedding-dim", 128)[1]
+    code, _, error = falcon_fast("plan", "--gpu", "h100x")
+    assert code == 2 and "did you mean 'h100'" in error
+    assert falcon_fast("plan", "--memory-budget", 0)[0] == 2
+
+
+def test_a_run_that_starts_frozen_is_told_so_once(falcon_fast, tmp_path):
+    code, out, _ = falcon_fast(
+        "train",
+        *TINY,
+        "--temperature-batch",
+        512,
+        "--epochs",
+        0,
+        "--run-dir",
+        tmp_path / "run",
+        "--set",
+        "loss.activation=tanh",
+    )
+    assert code == 0 and out.count("starts frozen") == 1

@@ -76,6 +76,20 @@ def test_hadamard_is_exactly_tight_and_orthogonal_inside_a_block():
     assert codes.words.shape == (4, 1)
 
 
+def test_coherence_between_blocks_beside_rademacher():
+    """Cosines of codes of different blocks: the same mean square as of independent signs, exactly; and a smaller largest one."""
+    f, c = 512, 8192
+    largest = {}
+    for kind in (RademacherCodes, HadamardCodes):
+        w = kind(f, c).dense()
+        cosines = w[:, :f].T @ w[:, f:] / f  # of the first f codes with all the others
+        assert cosines.square().mean().sqrt().item() == pytest.approx(
+            f**-0.5, rel=1e-6 if kind is HadamardCodes else 1e-2
+        )
+        largest[kind] = cosines.abs().max().item() * f**0.5
+    assert largest[HadamardCodes] < largest[RademacherCodes] < 7
+
+
 def test_no_code_enters_a_state_dict_but_it_moves():
     codes = RademacherCodes(64, 16)
     assert not codes.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_dense_shapes(seed, n, f, c, scale, prior, plan):
 @settings(deadline=None, max_examples=50)
 @given(
     seed=st.integers(0, 10_000),
-    n=st.integers(1, 40),
+    n=st.integers(1, 70),
     log_f=st.integers(0, 9),
     blocks=st.integers(1, 20),
     scale=st.floats(0.05, 3),
@@ -238,6 +239,41 @@ def test_the_gradient_is_scaled_by_what_follows():
     torch.testing.assert_close(a.grad.float(), gradient[:5] * 2.0**12, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [RademacherCodes, HadamardCodes])
+def test_a_second_backward_gives_the_gradient_again(kind):
+    h1, h2 = (h.requires_grad_() for h in embeddings(9, 5, 64))
+    loss = falcon_loss(h1, h2, kind(64, 320), 2.0, implementation="cpu").loss
+    first = torch.autograd.grad(loss, (h1, h2), torch.tensor(3.0), retain_graph=True)
+    kept = [g.clone() for g in first]
+    again = torch.autograd.grad(loss, (h1, h2), torch.tensor(3.0))
+    for g, before, now in zip(again, kept, first, strict=True):
+        assert torch.equal(g, before) and torch.equal(now, before)
+
+
+def _hadamard_gradient(threads: int) -> torch.Tensor:
+    torch.set_num_threads(threads)
+    return evaluate(*embeddings(13, 12, 64), HadamardCodes(64, 1024), 2.0, implementation="cpu")[1]
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_works_alone():
+    """The threads of OpenMP stay behind in the parent; a child that waited for them would wait for ever."""
+    before = torch.get_num_threads()
+    try:
+        expected = _hadamard_gradient(2)
+        receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: sender.send_bytes(_hadamard_gradient(2).numpy().tobytes())
+        )
+        child.start()
+        assert receiver.poll(60), "the child hangs"
+        assert receiver.recv_bytes() == expected.numpy().tobytes()
+        child.join(60)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_gradient_the_third_sweep_is_left_out(monkeypatch):
     monkeypatch.setattr(sweeps._Strips, "gradient", None)
     h1, h2 = embeddings(9, 5, 64)
@@ -292,7 +328,7 @@ def test_the_extension_refuses_what_does_not_fit():
     state, terms = np.zeros((3, 8)), np.zeros((2, 3, 4), np.float32)
     columns = [np.zeros((2, 128), np.float32) for _ in range(4)]
     a, scale = np.zeros((6, 64), np.int32), np.zeros(6, np.float32)
-    h, dh = np.zeros((2, 3, 64), np.float32), np.zeros((6, 64), np.float32)
+    h, dh = np.zeros((3, 64), np.float32), np.zeros((6, 64), np.float32)
     e = cpu_extension
     e.dense_logits(z, a, scale, words, 0, 100, False, 1)
     for wrong in (
@@ -312,13 +348,18 @@ def test_the_extension_refuses_what_does_not_fit():
         lambda: e.strip_columns(z, terms, columns[0], columns[1][:, :64].copy(), 0, 1),
         lambda: e.prior_columns(*columns[:2], 0.0, 100, False, 0, 256, *columns[2:]),
         lambda: e.strip_prior(z, columns[0], 128, np.zeros((2, 3)), 1),
-        lambda: e.strip_gradient(z, terms, *columns[:3], 5, 1.0, 1.0, 1),
+        lambda: e.strip_gradient(z, terms, *columns[:3], 5, 1.0, 1.0, False, 1),
         lambda: e.strip_encode(z, np.zeros((6, 64), np.uint16), np.zeros((6, 1, 2), np.float32), 0, 1),
         lambda: e.strip_decode(z, np.zeros((6, 128), np.uint16), np.zeros((6, 2, 2), np.float32), 0, 100, 1),
-        lambda: e.hadamard_rows(h[:, :, :48].copy(), words, 2048, state, 1),
-        lambda: e.hadamard_rows(h, words, 64, state, 1),
-        lambda: e.hadamard_rows(h, words[:0], 128, state, 1),
-        lambda: e.hadamard_gradient(h, words, 128, terms, *columns[:3], 1.0, 1.0, h.copy(), 1),
+        lambda: e.hadamard_rows(h[:, :48].copy(), h[:, :48].copy(), 1.0, words, 2048, state, 1),
+        lambda: e.hadamard_rows(h, h[:2], 1.0, words, 128, state, 1),
+        lambda: e.hadamard_rows(h[:0], h[:0], 1.0, words, 128, state[:0], 1),
+        lambda: e.hadamard_rows(h, h, 1.0, words, 64, state, 1),
+        lambda: e.hadamard_rows(h, h, 1.0, words[:0], 128, state, 1),
+        lambda: e.hadamard_gradient(h, h, 1.0, words, 128, terms, *columns[:3], 1.0, 1.0, False, h.copy(), h.copy(), 1),
+        lambda: e.hadamard_gradient(
+            h, h, 1.0, words[:2], 128, terms, *columns[:3], 1.0, 1.0, False, h.copy(), h[:2].copy(), 1
+        ),
         lambda: e.use_level("abacus"),
     ):
         with pytest.raises(ValueError):

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from falcon_fast.kernels import why_no_triton
 
 from falcon_fast import FalconLoss, FalconLossOutput, HadamardCodes, RademacherCodes, falcon_loss
 
@@ -152,7 +153,8 @@ def _hadamard():
     return HadamardCodes(32, 160)
 
 
-# In float64 the reference, in float32 the CPU's kernels.
+# In float64 the reference, in float32 the CPU's kernels and, in Triton's interpreter, the GPU's.
+TRITON = [{"implementation": "triton"}] if why_no_triton(torch.device("cpu")) is None else []
 GROUP_CASES = [
     (dtype, codes, {"prior": prior} | plan)
     for prior in ("reverse", "forward")
@@ -161,6 +163,7 @@ GROUP_CASES = [
         (torch.float32, _rademacher, {"plan": "stored"}),
         (torch.float32, _rademacher, {"plan": "streaming"}),
         (torch.float32, _hadamard, {}),
+        *((torch.float32, codes, options) for codes in (_rademacher, _hadamard) for options in TRITON),
     )
 ]
 

@@ -9,6 +9,9 @@ at f = 2048, c = 16384; the bits are 4 MiB).
 * `RademacherCodes`: independent signs; any two codes have a cosine of about 1/sqrt(f). What the paper uses.
 * `HadamardCodes`: W = [D_1 H, D_2 H, ...] with Sylvester's Hadamard matrix H and a diagonal D_k of random signs a block.
   Codes of one block are exactly orthogonal, W W^T = c I exactly, and f signs a block of f codes are all that is stored.
+
+Coherence, cosines of two codes times sqrt(f), measured over all pairs at f = 2048, c = 16384: Rademacher 1.00 root mean square
+and 5.9 at most; Hadamard 0 within a block, 1.00 and 4.3 between blocks. At f = 512, c = 8192: 1.00, 6.0; 1.00, 4.4.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from falcon_fast.kernels import loss_implementations
+from falcon_fast.kernels import IMPLEMENTATIONS, loss_implementations, why_no_triton
 from falcon_fast.kernels.cpu.loss import Dictionary, Objective, cpu_loss
 from falcon_fast.objective.codes import Codes, HadamardCodes
 from falcon_fast.objective.reference import PEAK_COPIES, reference_loss
@@ -59,13 +59,13 @@ def falcon_loss(
         group: None for this process alone. With a process group the mean assignment and the codes in use are over the group,
             every process bringing N rows; the gradient is then right after the usual mean over processes.
         implementation: `auto`, the fastest for the device; or a name, as `falcon-fast info` lists them. `reference` is
-            the eager mathematics; `cpu`, which `auto` takes for CPU embeddings of at most 32 bits, forms the gradient in the
-            forward pass and never holds the N x c matrices (`kernels/cpu/loss.py`).
-        plan: what `cpu` does with the N x c logits of a dense dictionary: `stored` keeps them once, in 2 bytes; `streaming` forms
-            them anew in each of three sweeps (twice the arithmetic, no N x c memory at all); `auto` stores where the budget
-            allows. Hadamard codes are always streamed. The reference takes `auto` only.
+            the eager mathematics, and what `auto` takes for float64 and for GPUs older than sm_80. `cpu` (`kernels/cpu/loss.py`)
+            and `triton` (`kernels/gpu/loss.py`) form the gradient in the forward pass and never hold the N x c matrices.
+        plan: what those two do with the N x c logits of a dense dictionary: `stored` keeps them once, in 2 bytes; `streaming`
+            forms them anew in each of three sweeps (twice the arithmetic, no N x c memory at all); `auto` stores where the
+            budget allows. Hadamard codes are always streamed. The reference takes `auto` only.
         memory_budget: bytes beyond inputs and dictionary that forward and backward may hold at their peak. None: no limit, and
-            `auto` stores the logits where all together takes at most 256 MiB.
+            `auto` stores the logits where all together takes at most 256 MiB (`cpu`) or 4 GiB (`triton`).
 
     Returns:
         FalconLossOutput(loss, prior, invariance, codes_used).
@@ -82,24 +82,42 @@ def falcon_loss(
         raise ValueError(f"unknown prior {prior!r}: choose one of {', '.join(PRIORS)}")
     if plan not in PLANS:
         raise ValueError(f"unknown plan {plan!r}: choose one of {', '.join(PLANS)}")
-    available = loss_implementations(h1.device.type)
-    if implementation not in ("auto", *available):
-        raise ValueError(
-            f"implementation {implementation!r} does not run here: choose auto or one of {', '.join(available)}"
-        )
-
-    if implementation == "auto":
-        implementation = "cpu" if "cpu" in available and h1.dtype != torch.float64 else "reference"
+    implementation = _resolve(implementation, h1)
+    hadamard = isinstance(codes, HadamardCodes)
     if implementation == "cpu":
-        if h1.dtype == torch.float64:
-            raise ValueError(
-                "implementation 'cpu' computes in float32: choose auto or reference for float64 embeddings"
-            )
-        dictionary = Dictionary(codes.words, codes.f, codes.c, isinstance(codes, HadamardCodes))
+        dictionary = Dictionary(codes.words, codes.f, codes.c, hadamard)
         return FalconLossOutput(*cpu_loss(h1, h2, dictionary, Objective(tau, beta, prior, group), plan, memory_budget))
+    if implementation == "triton":
+        from falcon_fast.kernels.gpu.operator import triton_loss
+
+        return FalconLossOutput(
+            *triton_loss(h1, h2, codes.words, codes.c, hadamard, tau, beta, prior, group, plan, memory_budget)
+        )
     if plan != "auto":
         raise ValueError(f"the reference has no plan {plan!r}: choose auto, or another implementation")
     return _reference(h1, h2, codes, tau, beta, prior, group, memory_budget)
+
+
+def _resolve(implementation: str, h: torch.Tensor) -> str:
+    """The implementation that computes for embeddings like `h`; ValueError for one that does not exist or does not run here."""
+    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"unknown implementation {implementation!r}: choose auto or one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    available = loss_implementations(h.device)
+    if implementation == "auto":
+        return "reference" if h.dtype == torch.float64 else available[0]
+    if implementation not in available:
+        reason = f" ({why_no_triton(h.device)})" if implementation == "triton" else ""
+        raise ValueError(
+            f"implementation {implementation!r} does not run on {h.device}{reason}: choose auto or one of "
+            f"{', '.join(available)}"
+        )
+    if implementation != "reference" and h.dtype == torch.float64:
+        raise ValueError(
+            f"implementation {implementation!r} computes in float32: choose auto or reference for float64 embeddings"
+        )
+    return implementation
 
 
 def _reference(

@@ -34,6 +34,7 @@ from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.models import FalconNetwork, build_codes, build_network
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
+from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import build_optimizer, learning_rate
@@ -105,7 +106,16 @@ def prepare(config: Config) -> Run:
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = build_codes(config).to(device)
     loss = config.loss
-    criterion = FalconLoss(codes, config.tau, beta=loss.beta, prior=loss.prior, implementation=loss.implementation)
+    criterion = FalconLoss(
+        codes,
+        config.tau,
+        beta=loss.beta,
+        prior=loss.prior,
+        implementation=loss.implementation,
+        plan=loss.plan,
+        memory_budget=loss.memory_budget * 2**20 or None,
+    )
+    frozen = frozen_start(loss.embedding_dim, loss.num_codes, config.tau, loss.activation, loss.temperature_batch)
     probe = None
     if source.train.labels is not None:
         with torch.random.fork_rng(devices=[]):
@@ -125,7 +135,7 @@ def prepare(config: Config) -> Run:
         criterion,
         probe,
         optimizer,
-        source.notes + loader_notes + notes,
+        source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
     )
 
 

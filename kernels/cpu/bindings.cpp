@@ -13,6 +13,7 @@
 
 #include "signs.hpp"
 #include "sweeps.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 
@@ -45,7 +46,7 @@ size_t team_size(int threads) {
 falcon::Strip strip_of(const Cube<float> &z) {
     require(z.shape(0) == 2 && z.shape(1) >= 1, "a strip must have the shape (2, rows, width), rows at least 1");
     require(z.shape(2) >= kTile && z.shape(2) % kTile == 0, "the width of a strip must be a multiple of 128, not 0");
-    return {z.data(), z.shape(1), z.shape(2)};
+    return {z.data(), z.shape(1), z.shape(2), z.shape(2)};
 }
 
 const falcon::RowTerms *terms_of(const Cube<const float> &terms, size_t rows) {
@@ -77,23 +78,25 @@ void check_columns(const Matrix<float> &columns, size_t first, size_t width) {
 }
 
 falcon::ColumnTerms columns_of(const Matrix<float> &peak, const Matrix<float> &weight, const Matrix<float> &q,
-                               size_t first, size_t width) {
+                               size_t first, size_t width, bool forward) {
     check_columns(peak, first, width);
     require(weight.shape(0) == 2 && q.shape(0) == 2 && weight.shape(1) == peak.shape(1) &&
                 q.shape(1) == peak.shape(1),
             "column arrays must have one shape");
-    return {peak.data() + first, weight.data() + first, q.data() + first, peak.shape(1)};
+    return {peak.data() + first, weight.data() + first, q.data() + first, peak.shape(1), forward};
 }
 
-falcon::Hadamard hadamard_of(const Cube<const float> &h, const Matrix<const std::int32_t> &words, size_t segment) {
-    const size_t f = h.shape(2);
-    require(h.shape(0) == 2 && h.shape(1) >= 1, "embeddings must have the shape (2, rows, f), rows at least 1");
+falcon::Hadamard hadamard_of(const Matrix<const float> &h1, const Matrix<const float> &h2, float scale,
+                             const Matrix<const std::int32_t> &words, size_t segment) {
+    const size_t n = h1.shape(0), f = h1.shape(1);
+    require(n >= 1 && h2.shape(0) == n && h2.shape(1) == f, "embeddings must be two (rows, f) of one shape, rows at least 1");
     require(f >= 16 && (f & (f - 1)) == 0, "the fast transform needs a width f that is a power of two, at least 16");
     require(words.shape(0) >= 1 && words.shape(1) == (f + 31) / 32,
             "packed signs must have the shape (blocks, ceil(f / 32)), at least one block");
     require(segment >= 1 && segment % f == 0 && segment % kTile == 0,
             "the segment must be a multiple of f and of 128, not 0");
-    return {h.data(), h.shape(1), f, reinterpret_cast<const std::uint32_t *>(words.data()), words.shape(0) * f, segment};
+    return {{h1.data(), h2.data()}, scale, n, f, reinterpret_cast<const std::uint32_t *>(words.data()),
+            words.shape(0) * f, segment};
 }
 
 size_t padded(size_t codes) { return (codes + kTile - 1) / kTile * kTile; }
@@ -199,7 +202,7 @@ void bind_strips(nb::module_ &module) {
         "prior_columns",
         [](Matrix<float> peak, Matrix<float> log_sum, float log_rows, size_t codes, bool forward, size_t first,
            size_t width, Matrix<float> weight, Matrix<float> q) {
-            const falcon::ColumnTerms columns = columns_of(peak, weight, q, first, width);
+            const falcon::ColumnTerms columns = columns_of(peak, weight, q, first, width, forward);
             check_columns(log_sum, first, width);
             require(log_sum.shape(1) == columns.stride, "column arrays must have one shape");
             require(width % kTile == 0, "the width must be a multiple of 128");
@@ -228,14 +231,14 @@ void bind_strips(nb::module_ &module) {
     module.def(
         "strip_gradient",
         [](Cube<float> z, Cube<const float> terms, Matrix<float> peak, Matrix<float> weight, Matrix<float> q,
-           size_t first, float beta, float factor, int threads) {
+           size_t first, float beta, float factor, bool forward, int threads) {
             const falcon::Strip strip = strip_of(z);
             falcon::strip_gradient(*chosen, team_size(threads), strip, terms_of(terms, strip.rows),
-                                   columns_of(peak, weight, q, first, strip.width), beta, factor);
+                                   columns_of(peak, weight, q, first, strip.width, forward), beta, factor);
         },
         nb::arg("z").noconvert(), nb::arg("terms").noconvert(), nb::arg("peak").noconvert(),
         nb::arg("weight").noconvert(), nb::arg("q").noconvert(), nb::arg("first"), nb::arg("beta"), nb::arg("factor"),
-        nb::arg("threads"), Without_gil());
+        nb::arg("forward"), nb::arg("threads"), Without_gil());
     const auto check_stored = [](const falcon::Strip &strip, size_t first, const auto &stored, const auto &tiles) {
         require(stored.shape(0) == 2 * strip.rows && stored.shape(1) % kTile == 0 && first % kTile == 0 &&
                     first <= stored.shape(1) && strip.width <= stored.shape(1) - first,
@@ -269,20 +272,20 @@ void bind_strips(nb::module_ &module) {
 void bind_hadamard(nb::module_ &module) {
     module.def(
         "hadamard_rows",
-        [](Cube<const float> h, Matrix<const std::int32_t> words, size_t segment, Matrix<double> state, int threads) {
-            const falcon::Hadamard hadamard = hadamard_of(h, words, segment);
+        [](Matrix<const float> h1, Matrix<const float> h2, float scale, Matrix<const std::int32_t> words, size_t segment, Matrix<double> state, int threads) {
+            const falcon::Hadamard hadamard = hadamard_of(h1, h2, scale, words, segment);
             falcon::hadamard_rows(*chosen, team_size(threads), hadamard, state_of(state, hadamard.rows));
         },
-        nb::arg("h").noconvert(), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("state").noconvert(),
+        nb::arg("h1").noconvert(), nb::arg("h2").noconvert(), nb::arg("scale"), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("state").noconvert(),
         nb::arg("threads"), Without_gil());
     module.def(
         "hadamard_columns",
-        [](Cube<const float> h, Matrix<const std::int32_t> words, size_t segment, Cube<const float> terms,
+        [](Matrix<const float> h1, Matrix<const float> h2, float scale, Matrix<const std::int32_t> words, size_t segment, Cube<const float> terms,
            Matrix<float> peak, Matrix<float> log_sum, Matrix<float> weight, Matrix<float> q, Matrix<double> a,
            float log_rows, bool forward, bool alone, int threads) {
-            const falcon::Hadamard hadamard = hadamard_of(h, words, segment);
+            const falcon::Hadamard hadamard = hadamard_of(h1, h2, scale, words, segment);
             const size_t width = padded(hadamard.codes);
-            columns_of(peak, weight, q, 0, width);
+            columns_of(peak, weight, q, 0, width, forward);
             check_columns(log_sum, 0, width);
             require(peak.shape(1) == log_sum.shape(1), "column arrays must have one shape");
             require(a.shape(0) == 2 && a.shape(1) == hadamard.rows, "row sums must have the shape (2, rows)");
@@ -294,41 +297,44 @@ void bind_hadamard(nb::module_ &module) {
                                      log_sum.data(), peak.shape(1), alone ? &prior : nullptr, sums.data());
             return sums;
         },
-        nb::arg("h").noconvert(), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("terms").noconvert(),
+        nb::arg("h1").noconvert(), nb::arg("h2").noconvert(), nb::arg("scale"), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("terms").noconvert(),
         nb::arg("peak").noconvert(), nb::arg("log_sum").noconvert(), nb::arg("weight").noconvert(),
         nb::arg("q").noconvert(), nb::arg("a").noconvert(), nb::arg("log_rows"), nb::arg("forward"), nb::arg("alone"),
         nb::arg("threads"));
     module.def(
         "hadamard_prior",
-        [](Cube<const float> h, Matrix<const std::int32_t> words, size_t segment, Cube<const float> terms,
+        [](Matrix<const float> h1, Matrix<const float> h2, float scale, Matrix<const std::int32_t> words, size_t segment, Cube<const float> terms,
            Matrix<float> peak, Matrix<float> weight, Matrix<float> q, Matrix<double> a, int threads) {
-            const falcon::Hadamard hadamard = hadamard_of(h, words, segment);
+            const falcon::Hadamard hadamard = hadamard_of(h1, h2, scale, words, segment);
             require(a.shape(0) == 2 && a.shape(1) == hadamard.rows, "row sums must have the shape (2, rows)");
             falcon::hadamard_prior(*chosen, team_size(threads), hadamard, terms_of(terms, hadamard.rows),
-                                   columns_of(peak, weight, q, 0, padded(hadamard.codes)), a.data());
+                                   columns_of(peak, weight, q, 0, padded(hadamard.codes), false), a.data());
         },
-        nb::arg("h").noconvert(), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("terms").noconvert(),
+        nb::arg("h1").noconvert(), nb::arg("h2").noconvert(), nb::arg("scale"), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("terms").noconvert(),
         nb::arg("peak").noconvert(), nb::arg("weight").noconvert(), nb::arg("q").noconvert(),
         nb::arg("a").noconvert(), nb::arg("threads"), Without_gil());
     module.def(
         "hadamard_gradient",
-        [](Cube<const float> h, Matrix<const std::int32_t> words, size_t segment, Cube<const float> terms,
-           Matrix<float> peak, Matrix<float> weight, Matrix<float> q, float beta, float factor, Cube<float> dh,
+        [](Matrix<const float> h1, Matrix<const float> h2, float scale, Matrix<const std::int32_t> words, size_t segment, Cube<const float> terms,
+           Matrix<float> peak, Matrix<float> weight, Matrix<float> q, float beta, float factor, bool forward, Matrix<float> dh1, Matrix<float> dh2,
            int threads) {
-            const falcon::Hadamard hadamard = hadamard_of(h, words, segment);
-            require(dh.shape(0) == 2 && dh.shape(1) == hadamard.rows && dh.shape(2) == hadamard.f,
-                    "the gradient must have the shape of the embeddings");
+            const falcon::Hadamard hadamard = hadamard_of(h1, h2, scale, words, segment);
+            for (const Matrix<float> &dh : {dh1, dh2})
+                require(dh.shape(0) == hadamard.rows && dh.shape(1) == hadamard.f,
+                        "the gradient must have the shape of the embeddings");
+            float *const dh[2] = {dh1.data(), dh2.data()};
             falcon::hadamard_gradient(*chosen, team_size(threads), hadamard, terms_of(terms, hadamard.rows),
-                                      columns_of(peak, weight, q, 0, padded(hadamard.codes)), beta, factor, dh.data());
+                                      columns_of(peak, weight, q, 0, padded(hadamard.codes), forward), beta, factor, dh);
         },
-        nb::arg("h").noconvert(), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("terms").noconvert(),
+        nb::arg("h1").noconvert(), nb::arg("h2").noconvert(), nb::arg("scale"), nb::arg("words").noconvert(), nb::arg("segment"), nb::arg("terms").noconvert(),
         nb::arg("peak").noconvert(), nb::arg("weight").noconvert(), nb::arg("q").noconvert(), nb::arg("beta"),
-        nb::arg("factor"), nb::arg("dh").noconvert(), nb::arg("threads"), Without_gil());
+        nb::arg("factor"), nb::arg("forward"), nb::arg("dh1").noconvert(), nb::arg("dh2").noconvert(), nb::arg("threads"), Without_gil());
 }
 
 } // namespace
 
 NB_MODULE(_cpu, module) {
+    module.def("scratch_kept", &falcon::scratch_kept, "Bytes of scratch that the calling thread keeps for its next call.");
     bind_signs(module);
     bind_levels(module);
     bind_dense(module);

@@ -87,7 +87,7 @@ def prior_columns(
     here = slice(first, min(c, first + width))
     t, log_pbar = peak[:, here], log_sum[:, here] - log_rows
     log_ratio = log_pbar + math.log(c)
-    weight[:, here] = torch.exp(t)
+    weight[:, here] = torch.exp(t) if forward else log_ratio
     if forward:
         q[:, here] = torch.exp(t - log_pbar) * (-1 / c)
         term = log_pbar * (-1 / c)
@@ -111,15 +111,20 @@ def strip_gradient(
     first: int,
     beta: float,
     factor: float,
+    forward: bool,
     threads: int,
 ) -> None:
     del threads
     here = slice(first, first + z.shape[2])
     y = z - terms[..., 0, None]
-    e = torch.exp(_log_p(z, terms) - peak[:, None, here])
-    p = e * weight[:, None, here]
+    if forward:
+        e = torch.exp(_log_p(z, terms) - peak[:, None, here])
+        p, prior = e * weight[:, None, here], e * q[:, None, here]
+    else:
+        p = torch.exp(_log_p(z, terms))
+        prior = p * weight[:, None, here]
     free = (beta - terms[..., 3] + beta * terms[..., 2])[..., None]
-    z.copy_(factor * (e * q[:, None, here] + p * (free - beta * y.flip(0)) - beta * p.flip(0)))
+    z.copy_(factor * (prior + p * (free - beta * y.flip(0)) - beta * p.flip(0)))
 
 
 def strip_encode(z: torch.Tensor, stored: torch.Tensor, tiles: torch.Tensor, first: int, threads: int) -> None:

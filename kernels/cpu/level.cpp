@@ -4,7 +4,7 @@
 
 #include "level.hpp"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -39,7 +39,14 @@ ALWAYS_INLINE Words load(const std::uint32_t *p) { return *reinterpret_cast<cons
 ALWAYS_INLINE void store(float *p, Floats v) { *reinterpret_cast<LooseFloats *>(p) = v; }
 ALWAYS_INLINE Floats splat(float x) { return x - Floats{}; }
 ALWAYS_INLINE Words splat(std::uint32_t x) { return x - Words{}; }
-ALWAYS_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// The second of the two where one is NaN.
+ALWAYS_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
 
 ALWAYS_INLINE float largest(Floats v) {
     float result = v[0];
@@ -55,21 +62,51 @@ ALWAYS_INLINE double total(Floats v) {
     return result;
 }
 
-// exp(x) for x < 88, relative error below 2e-7, 0 below -87: 2^n times a polynomial on |r| <= ln(2) / 2 (Cephes' expf).
-ALWAYS_INLINE Floats exponential(Floats x) {
-    const Floats shifted = x * 1.44269504088896341f + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer, in the low bits
+// 2^t for t < 127, relative error below 1.3e-7, 0 far below -126, NaN of NaN: 2^n by the exponent, 2^r on |r| <= 1/2 by a
+// polynomial (minimax, the constant fixed to 1).
+ALWAYS_INLINE Floats power_of_two(Floats t) {
+    t = larger(splat(-150.0f), t);
+#if defined(__AVX512F__)
+    const auto n = reinterpret_cast<Floats>(_mm512_maskz_roundscale_ps(0xffff, reinterpret_cast<__m512>(t), 0));
+#else
+    const Floats shifted = t + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer, in the low bits
     const Floats n = shifted - 12582912.0f;
-    Floats r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Floats p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+#endif
+    const Floats r = t - n;
+    Floats p = splat(1.326472731e-3f);
+    p = p * r + 9.671512991e-3f;
+    p = p * r + 5.550733581e-2f;
+    p = p * r + 2.402224243e-1f;
+    p = p * r + 6.931470037e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(0xffff, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
     const Words bits = reinterpret_cast<const Words &>(p) + (reinterpret_cast<const Words &>(shifted) << 23);
-    return x > -87.0f ? reinterpret_cast<const Floats &>(bits) : Floats{};
+    return t < -126.0f ? Floats{} : reinterpret_cast<const Floats &>(bits);
+#endif
+}
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+// The relative error grows with |x|, by 6e-8 for each unit: nothing where the result has weight.
+ALWAYS_INLINE Floats exponential(Floats x) { return power_of_two(x * kLog2e); }
+
+// ln x, x positive and normal, error below 1e-7 relative or absolute, whichever is more; what is not so, NaN included, gives anything.
+ALWAYS_INLINE Floats logarithm(Floats x) {
+    const Ints bits = reinterpret_cast<const Ints &>(x);
+    const Ints exponent = (bits - 0x3f3504f3) >> 23; // of x over a mantissa in [sqrt(1/2), sqrt(2))
+    const Ints mantissa = bits - (exponent << 23);
+    const Floats m = reinterpret_cast<const Floats &>(mantissa) - 1.0f;
+    Floats p = splat(8.700438589e-2f);
+    p = p * m + -1.426748931e-1f;
+    p = p * m + 1.491476744e-1f;
+    p = p * m + -1.657758504e-1f;
+    p = p * m + 1.996306330e-1f;
+    p = p * m + -2.500133812e-1f;
+    p = p * m + 3.333390951e-1f;
+    const Floats square = m * m;
+    return m + (square * (p * m - 0.5f) + __builtin_convertvector(exponent, Floats) * 0.6931471806f);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -249,32 +286,39 @@ void row_statistics(const float *z1, const float *z2, std::size_t width, std::si
     }
 }
 
+// e = exp(y - log_sum - peak).
+ALWAYS_INLINE Floats below_peak(Floats y, const RowTerms &row, Floats peak) {
+    return power_of_two(y * kLog2e - row.log_sum * kLog2e - peak * kLog2e);
+}
+
 void column_statistics(const Strip &strip, const RowTerms *terms, float *peak, float *log_sum, std::size_t stride,
                        std::size_t first, std::size_t last) {
     constexpr int block = kPanelMax / kLanes < 4 ? kPanelMax / kLanes : 4;
     for (int v = 0; v < 2; ++v) {
-        float *z = strip.z + v * strip.rows * strip.width;
+        float *z = strip.z + v * strip.rows * strip.stride;
         const RowTerms *row = terms + v * strip.rows;
         for (std::size_t j = first; j < last; j += block * kLanes) {
             Floats top[block], sum[block];
             for (int b = 0; b < block; ++b)
                 top[b] = splat(2 * kAbsent), sum[b] = Floats{};
-            for (std::size_t i = 0; i < strip.rows; ++i)
+            // One subtraction: a peak off by the rounding of m + log_sum is as good, if e is relative to the same.
+            for (std::size_t i = 0; i < strip.rows; ++i) {
+                const Floats shift = splat(row[i].m + row[i].log_sum);
                 for (int b = 0; b < block; ++b)
-                    top[b] = larger(top[b], load(z + i * strip.width + j + b * kLanes) - row[i].m - row[i].log_sum);
+                    top[b] = larger(top[b], load(z + i * strip.stride + j + b * kLanes) - shift);
+            }
             for (std::size_t i = 0; i < strip.rows; ++i)
                 for (int b = 0; b < block; ++b) {
-                    float *p = z + i * strip.width + j + b * kLanes;
-                    const Floats e = exponential(load(p) - row[i].m - row[i].log_sum - top[b]);
+                    float *p = z + i * strip.stride + j + b * kLanes;
+                    const Floats e = below_peak(load(p) - row[i].m, row[i], top[b]);
                     sum[b] += e;
                     store(p, e);
                 }
-            for (int b = 0; b < block; ++b)
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    const std::size_t at = v * stride + j + b * kLanes + lane;
-                    peak[at] = top[b][lane];
-                    log_sum[at] = top[b][lane] + __builtin_logf(sum[b][lane]);
-                }
+            for (int b = 0; b < block; ++b) {
+                const std::size_t at = v * stride + j + b * kLanes;
+                store(peak + at, top[b]);
+                store(log_sum + at, top[b] + logarithm(sum[b]));
+            }
         }
     }
 }
@@ -282,6 +326,9 @@ void column_statistics(const Strip &strip, const RowTerms *terms, float *peak, f
 double prior_columns(const float *peak, const float *log_sum, float log_rows, float codes, bool forward,
                      std::size_t count, std::size_t width, float *weight, float *q) {
     const float log_codes = __builtin_logf(codes);
+    Floats lane{};
+    for (int i = 0; i < kLanes; ++i)
+        lane[i] = float(i);
     double sum = 0;
     for (std::size_t j = 0; j < width; j += kLanes) {
         const Floats t = load(peak + j), log_pbar = load(log_sum + j) - log_rows;
@@ -294,43 +341,59 @@ double prior_columns(const float *peak, const float *log_sum, float log_rows, fl
             scaled = e * log_ratio;
             term = exponential(log_pbar) * log_ratio;
         }
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const bool real = j + lane < count;
-            weight[j + lane] = real ? e[lane] : 0.0f;
-            q[j + lane] = real ? scaled[lane] : 0.0f;
-            sum += real ? term[lane] : 0.0f;
-        }
+        const auto real = lane < float(count > j ? count - j : 0);
+        store(weight + j, real ? (forward ? e : log_ratio) : Floats{});
+        store(q + j, real ? scaled : Floats{});
+        sum += total(real ? term : Floats{});
     }
     return sum;
 }
 
 double prior_row(const float *e, const float *q, std::size_t width) {
-    Floats sum{};
-    for (std::size_t j = 0; j < width; j += kLanes)
-        sum += load(e + j) * load(q + j);
-    return total(sum);
+    Floats sums[4]{}; // 3.7 cycles a vector with one: each addition waits for the one before
+    for (std::size_t j = 0; j < width; j += 4 * kLanes)
+        UNROLL for (int b = 0; b < 4; ++b) sums[b] += load(e + j + b * kLanes) * load(q + j + b * kLanes);
+    return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 double prior_row_of_logits(const float *z, const RowTerms &row, const float *peak, const float *q, std::size_t width) {
     Floats sum{};
     for (std::size_t j = 0; j < width; j += kLanes)
-        sum += exponential(load(z + j) - row.m - row.log_sum - load(peak + j)) * load(q + j);
+        sum += below_peak(load(z + j) - row.m, row, load(peak + j)) * load(q + j);
     return total(sum);
+}
+
+// Of the forward prior, P g = e q; of the reverse prior, where a P that underflows has no share, P g itself: one array of the
+// columns to read instead of three (15.7 cycles a vector with them).
+template <bool Forward>
+ALWAYS_INLINE void gradient_of_row(float *z1, float *z2, const RowTerms &row1, const RowTerms &row2,
+                                   const ColumnTerms &columns, float beta, float factor, std::size_t width) {
+    const std::size_t stride = columns.stride;
+    const float free1 = beta - row1.a + beta * row1.x, free2 = beta - row2.a + beta * row2.x;
+    for (std::size_t j = 0; j < width; j += kLanes) {
+        const Floats y1 = load(z1 + j) - row1.m, y2 = load(z2 + j) - row2.m;
+        const Floats weight1 = load(columns.weight + j), weight2 = load(columns.weight + stride + j);
+        Floats p1, p2, prior1, prior2;
+        if constexpr (Forward) {
+            const Floats e1 = below_peak(y1, row1, load(columns.peak + j));
+            const Floats e2 = below_peak(y2, row2, load(columns.peak + stride + j));
+            p1 = e1 * weight1, p2 = e2 * weight2;
+            prior1 = e1 * load(columns.q + j), prior2 = e2 * load(columns.q + stride + j);
+        } else {
+            p1 = power_of_two(y1 * kLog2e - row1.log_sum * kLog2e), p2 = power_of_two(y2 * kLog2e - row2.log_sum * kLog2e);
+            prior1 = p1 * weight1, prior2 = p2 * weight2;
+        }
+        store(z1 + j, factor * (prior1 + p1 * (free1 - beta * y2) - beta * p2));
+        store(z2 + j, factor * (prior2 + p2 * (free2 - beta * y1) - beta * p1));
+    }
 }
 
 void gradient_row(float *z1, float *z2, const RowTerms &row1, const RowTerms &row2, const ColumnTerms &columns,
                   float beta, float factor, std::size_t width) {
-    const float *peak2 = columns.peak + columns.stride, *weight2 = columns.weight + columns.stride;
-    const float *q2 = columns.q + columns.stride;
-    const float free1 = beta - row1.a + beta * row1.x, free2 = beta - row2.a + beta * row2.x;
-    for (std::size_t j = 0; j < width; j += kLanes) {
-        const Floats y1 = load(z1 + j) - row1.m, y2 = load(z2 + j) - row2.m;
-        const Floats e1 = exponential(y1 - row1.log_sum - load(columns.peak + j));
-        const Floats e2 = exponential(y2 - row2.log_sum - load(peak2 + j));
-        const Floats p1 = e1 * load(columns.weight + j), p2 = e2 * load(weight2 + j);
-        store(z1 + j, factor * (e1 * load(columns.q + j) + p1 * (free1 - beta * y2) - beta * p2));
-        store(z2 + j, factor * (e2 * load(q2 + j) + p2 * (free2 - beta * y1) - beta * p1));
-    }
+    if (columns.forward)
+        gradient_of_row<true>(z1, z2, row1, row2, columns, beta, factor, width);
+    else
+        gradient_of_row<false>(z1, z2, row1, row2, columns, beta, factor, width);
 }
 
 // ---- 2-byte forms ---------------------------------------------------------------------------------------------------
@@ -353,16 +416,17 @@ void quantise_row(const float *dz, std::size_t width, std::int16_t *out, float *
 
 void encode_row(const float *z, std::size_t width, std::uint16_t *out, float *tiles) {
     for (std::size_t tile = 0; tile < width; tile += kTile, tiles += 2) {
-        Floats top = splat(kAbsent), bottom = splat(-kAbsent);
+        Floats top = splat(kAbsent), bottom = splat(-kAbsent), nothing{}; // NaN where a logit is not finite
         for (std::size_t j = 0; j < kTile; j += kLanes) {
             const Floats v = load(z + tile + j);
+            nothing += 0.0f * v;
             top = larger(top, v);
             const Floats real = v > 0.5f * kAbsent ? v : splat(-kAbsent);
             bottom = real < bottom ? real : bottom;
         }
         const float peak = largest(top), range = peak + largest(-bottom);
         const float inverse = range > 1e-30f ? 1.0f / range : 0.0f;
-        tiles[0] = peak;
+        tiles[0] = peak + float(total(nothing)); // the whole tile is lost then, and with it the loss, as it should
         tiles[1] = range * (1.0f / (65535.0f * 65535.0f));
         for (std::size_t j = 0; j < kTile; ++j) {
             float d = (peak - z[tile + j]) * inverse;
@@ -417,60 +481,102 @@ template <int Radix> ALWAYS_INLINE void butterflies(Floats (&v)[Radix]) {
         }
 }
 
-template <int Radix> void first_pass(const float *h, const std::uint32_t *flips, std::size_t vectors, float *z) {
+template <int... Lane>
+ALWAYS_INLINE Floats signed_lanes(float scale, const std::uint32_t *signs, std::size_t first, Sequence<Lane...>) {
+    const Words counts = {(31u - Lane)...};
+    const Floats all = splat(scale);
+    const Words negative = (splat(~signs[first / 32] >> (first % 32)) << counts) & 0x80000000u;
+    const Words bits = reinterpret_cast<const Words &>(all) ^ negative;
+    return reinterpret_cast<const Floats &>(bits);
+}
+
+void expand_diagonal(const std::uint32_t *signs, float scale, std::size_t f, float *diagonal) {
+    for (std::size_t k = 0; k < f; k += kLanes)
+        store(diagonal + k, signed_lanes(scale, signs, k, typename Count<kLanes>::type()));
+}
+
+// diagonal: nullptr for none.
+template <int Radix> void first_pass(const float *h, const float *diagonal, std::size_t vectors, float *z) {
     for (std::size_t base = 0; base < vectors * kLanes; base += Radix * kLanes) {
         Floats v[Radix];
         UNROLL for (int r = 0; r < Radix; ++r) {
-            const Floats x = load(h + base + r * kLanes);
-            const Words flipped = reinterpret_cast<const Words &>(x) ^ load(flips + base + r * kLanes);
-            v[r] = lane_butterflies(reinterpret_cast<const Floats &>(flipped));
+            v[r] = load(h + base + r * kLanes);
+            if (diagonal)
+                v[r] *= load(diagonal + base + r * kLanes);
+            v[r] = lane_butterflies(v[r]);
         }
         butterflies<Radix>(v);
         UNROLL for (int r = 0; r < Radix; ++r) store(z + base + r * kLanes, v[r]);
     }
 }
 
-template <int Radix> void later_pass(float *z, std::size_t vectors, std::size_t stride) {
+// What becomes of a transform's last pass: it is stored, or added to `sum` times a diagonal. (A pass of its own for the
+// addition was 3.3 cycles a vector, beside 11.8 for the transform: a store takes two.)
+struct Stored {
+    float *z;
+    ALWAYS_INLINE void operator()(std::size_t at, Floats v) const { store(z + at, v); }
+};
+
+struct Added {
+    float *sum;
+    const float *diagonal;
+    ALWAYS_INLINE void operator()(std::size_t at, Floats v) const {
+        store(sum + at, load(sum + at) + v * load(diagonal + at));
+    }
+};
+
+template <int Radix, class Out> void later_pass(float *z, std::size_t vectors, std::size_t stride, const Out &out) {
     for (std::size_t base = 0; base < vectors; base += Radix * stride)
         for (std::size_t offset = base; offset < base + stride; ++offset) {
             Floats v[Radix];
             UNROLL for (int r = 0; r < Radix; ++r) v[r] = load(z + (offset + r * stride) * kLanes);
             butterflies<Radix>(v);
-            UNROLL for (int r = 0; r < Radix; ++r) store(z + (offset + r * stride) * kLanes, v[r]);
+            UNROLL for (int r = 0; r < Radix; ++r) out((offset + r * stride) * kLanes, v[r]);
         }
 }
 
-void hadamard(const float *h, const std::uint32_t *flips, std::size_t f, float *z) {
+template <int Radix, class Out> std::size_t pass(float *z, std::size_t vectors, std::size_t done, const Out &out) {
+    if (done * Radix == vectors)
+        later_pass<Radix>(z, vectors, done, out);
+    else
+        later_pass<Radix>(z, vectors, done, Stored{z});
+    return done * Radix;
+}
+
+template <class Out>
+void transform(const float *h, const float *diagonal, std::size_t f, float *z, const Out &out) {
     constexpr int radix = kLanes == 16 ? 16 : 8; // as many vectors as the registers hold
     const std::size_t vectors = f / kLanes;
     std::size_t done;
     if (vectors >= radix)
-        first_pass<radix>(h, flips, vectors, z), done = radix;
+        first_pass<radix>(h, diagonal, vectors, z), done = radix;
     else if (vectors >= 4)
-        first_pass<4>(h, flips, vectors, z), done = 4;
+        first_pass<4>(h, diagonal, vectors, z), done = 4;
     else if (vectors >= 2)
-        first_pass<2>(h, flips, vectors, z), done = 2;
+        first_pass<2>(h, diagonal, vectors, z), done = 2;
     else
-        first_pass<1>(h, flips, vectors, z), done = 1;
+        first_pass<1>(h, diagonal, vectors, z), done = 1;
+    if (done == vectors)
+        later_pass<1>(z, vectors, 1, out);
     while (done < vectors) {
         const std::size_t left = vectors / done;
         if (left >= radix)
-            later_pass<radix>(z, vectors, done), done *= radix;
+            done = pass<radix>(z, vectors, done, out);
         else if (left >= 8)
-            later_pass<8>(z, vectors, done), done *= 8;
+            done = pass<8>(z, vectors, done, out);
         else if (left >= 4)
-            later_pass<4>(z, vectors, done), done *= 4;
+            done = pass<4>(z, vectors, done, out);
         else
-            later_pass<2>(z, vectors, done), done *= 2;
+            done = pass<2>(z, vectors, done, out);
     }
 }
 
-void add_flipped(const float *z, const std::uint32_t *flips, std::size_t f, float *sum) {
-    for (std::size_t k = 0; k < f; k += kLanes) {
-        const Floats x = load(z + k);
-        const Words flipped = reinterpret_cast<const Words &>(x) ^ load(flips + k);
-        store(sum + k, load(sum + k) + reinterpret_cast<const Floats &>(flipped));
-    }
+void hadamard(const float *h, const float *diagonal, std::size_t f, float *z) {
+    transform(h, diagonal, f, z, Stored{z});
+}
+
+void add_hadamard(float *z, const float *diagonal, std::size_t f, float *sum) {
+    transform(z, nullptr, f, z, Added{sum, diagonal});
 }
 
 } // namespace
@@ -494,8 +600,9 @@ const Level &FALCON_JOIN(FALCON_LEVEL, _level)() {
                                     quantise_row,
                                     encode_row,
                                     decode_row,
+                                    expand_diagonal,
                                     hadamard,
-                                    add_flipped};
+                                    add_hadamard};
     return level;
 }
 

@@ -30,15 +30,17 @@ struct RowTerms {
     float m, log_sum, x, a;
 };
 
-// What they need of a code, [2][width] each: peak t, E = exp(t), q.
+// What they need of a code, [2][width] each: peak t, weight and q. The weight is E = exp(t) for the forward prior, and for the
+// reverse ln(c pbar), all that its gradient needs.
 struct ColumnTerms {
     float *peak, *weight, *q;
     std::size_t stride; // between views
+    bool forward;
 };
 
 struct Strip {
     float *z;
-    std::size_t rows, width;
+    std::size_t rows, width, stride; // stride: from row to row
 };
 
 struct Product {
@@ -85,10 +87,12 @@ struct Level {
     // sqrt(d D) / 65535, small where the probability is; half precision's is d / 2048.
     void (*encode_row)(const float *z, std::size_t width, std::uint16_t *out, float *tiles);
     void (*decode_row)(const std::uint16_t *in, const float *tiles, std::size_t width, float *z);
-    // z = H (h with signs flipped), f a power of two of at least 16; flips: f words, 0 or 2^31. In place is allowed.
-    void (*hadamard)(const float *h, const std::uint32_t *flips, std::size_t f, float *z);
-    // sum += z with signs flipped.
-    void (*add_flipped)(const float *z, const std::uint32_t *flips, std::size_t f, float *sum);
+    // The diagonal D of a block: f signs (bit 1: +) times scale. f is a power of two of at least 16, here and below.
+    void (*expand_diagonal)(const std::uint32_t *signs, float scale, std::size_t f, float *diagonal);
+    // z = H D h.
+    void (*hadamard)(const float *h, const float *diagonal, std::size_t f, float *z);
+    // sum += D H z; z is overwritten.
+    void (*add_hadamard)(float *z, const float *diagonal, std::size_t f, float *sum);
 };
 
 const Level &portable_level();

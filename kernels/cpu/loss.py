@@ -6,7 +6,7 @@ With y_v = Z_v - max_j Z_v (row by row), s_v = sum_j exp(y_v) and P_v = exp(y_v 
 2. columns: t_j = max_i ln P_ij and ln pbar_j = t_j + ln sum_i exp(ln P_ij - t_j) - ln N, hence the prior, E_j = exp(t_j) and
    q_j = E_j ln(c pbar_j) (reverse) or -exp(t_j - ln pbar_j) / c (forward), so that with e_ij = exp(ln P_ij - t_j), which
    cannot underflow where it matters, P_ij = e_ij E_j and P_ij g_j = e_ij q_j; and a_i = sum_j e_ij q_j;
-3. gradient: dL/dZ_1 = 1/(2N) (e_1 q_1 + P_1 (beta - a_1 + beta x_1 - beta y_2) - beta P_2), view 2 by symmetry,
+3. gradient: dL/dZ_1 = 1/(2N) (P_1 g_1 + P_1 (beta - a_1 + beta x_1 - beta y_2) - beta P_2), view 2 by symmetry,
    and dH = dZ W^T / tau.
 
 The gradient is formed in the forward pass, kept in float32 and multiplied by the loss's own gradient in the backward pass.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, sweeps_for
+from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, Views, sweeps_for
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
@@ -41,16 +41,16 @@ def _count_used(arguments: torch.Tensor, c: int, group: dist.ProcessGroup | None
 
 
 def loss_and_gradient(
-    h: torch.Tensor,
+    views: Views,
     dictionary: Dictionary,
     objective: Objective,
     plan: str,
     memory_budget: int | None,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss, prior, invariance, codes in use and dL/dH (2, N, f) (or None) of float32 embeddings h (2, N, f)."""
-    n, c = h.shape[1], dictionary.c
-    sweeps = sweeps_for(h, objective.tau, dictionary, plan, memory_budget)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Views | None]:
+    """Loss, prior, invariance, codes in use and dL/dH (or None)."""
+    n, c = views[0].shape[0], dictionary.c
+    sweeps = sweeps_for(views, objective.tau, dictionary, plan, memory_budget)
 
     state = torch.zeros(n, 8, dtype=torch.float64)
     sweeps.rows(state)
@@ -68,11 +68,12 @@ def loss_and_gradient(
 
     gradient = None
     if with_gradient:
-        gradient = sweeps.gradient(terms, columns, objective.beta, 1 / (2 * n * objective.tau))
+        gradient = sweeps.gradient(terms, columns, objective)
     loss, prior, invariance = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
-    if not np.isfinite(h.numpy()).all():  # the sweeps' comparisons lose a NaN among the columns of the padding
+    if not np.isfinite(state.numpy()).all():  # nor are the embeddings then; later sweeps may lose it
         loss, prior, invariance = (torch.tensor(math.nan) for _ in range(3))
-        gradient = None if gradient is None else torch.full_like(gradient, math.nan)
+        for g in gradient or ():
+            g.fill_(math.nan)
     used = _count_used(arguments.long().flatten().clamp(max=c - 1), c, objective.group)
     return loss, prior, invariance, used, gradient
 
@@ -80,20 +81,23 @@ def loss_and_gradient(
 class _CpuLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h1: torch.Tensor, h2: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
-        # By numpy here and below: after an operation in parallel torch's threads spin for a while beside those of the sweeps.
-        h = torch.empty(2, *h1.shape)
-        for view, x in enumerate((h1, h2)):
-            np.copyto(h[view].numpy(), x.float().numpy())
-        *outputs, gradient = loss_and_gradient(h, *settings)
+        *outputs, gradient = loss_and_gradient((h1.float().contiguous(), h2.float().contiguous()), *settings)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.gradient, ctx.dtype = gradient, h1.dtype
+        ctx.save_for_backward(h1, h2)
+        ctx.gradient, ctx.dtype, ctx.settings = gradient, h1.dtype, settings
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        scaled = torch.from_numpy(ctx.gradient.numpy() * np.float32(grad_loss.item()))
-        g1, g2 = scaled.to(ctx.dtype)
+        # The gradient's memory is given away: a copy costs a tenth of a Hadamard step. A second backward (retain_graph) forms
+        # it anew.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            h1, h2 = ctx.saved_tensors
+            gradient = loss_and_gradient((h1.float().contiguous(), h2.float().contiguous()), *ctx.settings)[-1]
+        factor = grad_loss.item()
+        g1, g2 = ((g if factor == 1 else g.mul_(factor)).to(ctx.dtype) for g in gradient)
         return g1, g2, None, None, None, None, None
 
 

@@ -63,7 +63,7 @@ def hadamard_plan(n: int, f: int, c: int, memory_budget: int | None) -> Plan:
     if cpu_extension is None:
         width = max(width, STRIP_BYTES // (8 * n) // width * width)
         per_code *= 8  # the temporaries of eager arithmetic
-    peak = 2 * n * (12 * f + 200) + per_code * width + 2 * padded(c) * 16
+    peak = 2 * n * (12 * f + 200) + per_code * (width + 64) + 2 * padded(c) * 16
     _check_budget("the loss", peak, n, f, c, memory_budget)
     return Plan(False, width, peak)
 

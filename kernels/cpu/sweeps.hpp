@@ -38,7 +38,8 @@ void strip_decode(const Level &, std::size_t threads, const Strip &, const std::
                   std::size_t stride, std::size_t count);
 
 struct Hadamard {
-    const float *h; // [2][rows][f], divided by the temperature
+    const float *h[2]; // of each view, [rows][f]
+    float scale;       // of the logits: 1 / tau
     std::size_t rows, f;
     const std::uint32_t *words; // [codes / f][ceil(f / 32)]
     std::size_t codes, segment; // codes at a time, a multiple of f and kTile
@@ -59,6 +60,6 @@ void hadamard_columns(const Level &, std::size_t threads, const Hadamard &, cons
 // a alone, where ln pbar had to be combined with other processes first.
 void hadamard_prior(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, const ColumnTerms &, double *a);
 void hadamard_gradient(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, const ColumnTerms &,
-                       float beta, float factor, float *dh);
+                       float beta, float factor, float *const dh[2]);
 
 } // namespace falcon

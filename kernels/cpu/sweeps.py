@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from falcon_fast.kernels.cpu import fallback
@@ -18,6 +17,9 @@ SMALLEST_FWHT = 16  # the widest vector
 # Root mean square error that rounding the embeddings to 16 bits may leave in a logit; the gradient's relative error is about
 # half of it. At the published temperature it is 1e-5 sigma_z, the logits' spread: 2e-4 at N = 1024, f = 512.
 INT16_LOGIT_ERROR = 5e-4
+
+
+Views = tuple[torch.Tensor, torch.Tensor]  # the embeddings of each, float32 (N, f), contiguous
 
 
 class Dictionary(NamedTuple):
@@ -39,7 +41,7 @@ class Objective(NamedTuple):
 
 
 class Columns:
-    """Per view and code, (2, c up to a multiple of 128) float32: peak t, ln sum_i P, weight E, q."""
+    """Per view and code, (2, c up to a multiple of 128) float32: peak t, ln sum_i P, weight (E or ln(c pbar)), q."""
 
     def __init__(self, c: int) -> None:
         width = padded(c)
@@ -60,23 +62,24 @@ def _log_sum_over(group: dist.ProcessGroup | None, log_sum: torch.Tensor) -> Non
 class _Dense:
     """A dense dictionary's two products, by the extension: where it has AVX-512 VNNI, 4 (int16) or 2 times torch's float32."""
 
-    def __init__(self, h: torch.Tensor, tau: float, dictionary: Dictionary, threads: int) -> None:
+    def __init__(self, views: Views, tau: float, dictionary: Dictionary, threads: int) -> None:
         words = self.words = dictionary.words.contiguous()
-        _, n, f = h.shape
+        n, f = views[0].shape
         self.threads, self.ops = threads, Compiled(cpu_extension)
-        peaks = h.abs().amax(dim=2).view(-1)
+        peaks = torch.cat([h.abs().amax(dim=1) for h in views])
         rounding = peaks.max().item() / 32767 / math.sqrt(12) * math.sqrt(f) / tau
         self.int16 = rounding <= INT16_LOGIT_ERROR
+        a = torch.zeros(2, n, words.shape[1] * 32, dtype=torch.int16 if self.int16 else torch.float32)
         if self.int16:
-            a = torch.zeros(2 * n, words.shape[1] * 32, dtype=torch.int16)
-            inverse = torch.where(peaks > 0, 32767 / peaks, 0)
-            a[:, :f] = (h.view(2 * n, f) * inverse[:, None]).round_()
+            inverse = torch.where(peaks > 0, 32767 / peaks, 0).view(2, n, 1)
+            for view, h in enumerate(views):
+                a[view, :, :f] = (h * inverse[view]).round_()
             self.scale = peaks * (1 / (32767 * tau))
         else:
-            a = torch.zeros(2 * n, words.shape[1] * 32)
-            a[:, :f] = h.view(2 * n, f)
+            for view, h in enumerate(views):
+                a[view, :, :f] = h
             self.scale = torch.full((2 * n,), 1 / tau)
-        self.a = a.view(torch.int32)
+        self.a = a.view(2 * n, -1).view(torch.int32)
         self.f = f
         self.dh: torch.Tensor | None = None
 
@@ -88,19 +91,20 @@ class _Dense:
             self.dh = torch.zeros(dz.shape[0] * dz.shape[1], -(-self.f // 64) * 64)
         self.ops.dense_gradient(dz, self.words, first, count, self.dh, self.int16, self.threads)
 
-    def gradient(self, n: int) -> torch.Tensor:
+    def gradient(self, n: int) -> Views:
         assert self.dh is not None
-        return self.dh.view(2, n, -1)[:, :, : self.f]
+        dh = self.dh[:, : self.f]
+        return dh[:n], dh[n:]
 
 
 class _DenseInTorch:
     """The same by torch's float32 product, on codes unpacked strip by strip: below AVX-512 it is faster than ours."""
 
-    def __init__(self, h: torch.Tensor, tau: float, dictionary: Dictionary, threads: int) -> None:
+    def __init__(self, views: Views, tau: float, dictionary: Dictionary, threads: int) -> None:
         del threads
-        self.h, self.dictionary = h / tau, dictionary
+        self.h, self.dictionary = torch.stack(views).div_(tau), dictionary
         self.ops: Any = fallback if cpu_extension is None else Compiled(cpu_extension)
-        self.dh = torch.zeros_like(h)
+        self.dh = torch.zeros_like(self.h)
 
     def _codes(self, first: int, count: int) -> torch.Tensor:
         words = self.dictionary.words[first : first + count]
@@ -117,9 +121,9 @@ class _DenseInTorch:
     def add_gradient(self, dz: torch.Tensor, first: int, count: int) -> None:
         self.dh += dz[:, :, :count] @ self._codes(first, count)
 
-    def gradient(self, n: int) -> torch.Tensor:
+    def gradient(self, n: int) -> Views:
         del n
-        return self.dh
+        return self.dh[0], self.dh[1]
 
 
 class _HadamardInTorch(_DenseInTorch):
@@ -142,8 +146,9 @@ class _HadamardInTorch(_DenseInTorch):
 class _Strips:
     """The three sweeps, strip by strip; the logits kept in 2 bytes, or formed anew in each."""
 
-    def __init__(self, dense: _Dense | _DenseInTorch, n: int, c: int, plan: Plan, threads: int) -> None:
-        self.dense, self.ops, self.n, self.c, self.plan, self.threads = dense, dense.ops, n, c, plan, threads
+    def __init__(self, dense: _Dense | _DenseInTorch, tau: float, n: int, c: int, plan: Plan, threads: int) -> None:
+        self.dense, self.ops, self.plan, self.threads = dense, dense.ops, plan, threads
+        self.tau, self.n, self.c = tau, n, c
         self.strip = torch.empty(2 * n * min(plan.width, padded(c)))
         if plan.stored:
             self.stored = torch.empty(2 * n, padded(c), dtype=torch.uint16)
@@ -196,11 +201,12 @@ class _Strips:
             self.ops.strip_prior(z, columns.q, first, a, self.threads)
         return sums
 
-    def gradient(self, terms: torch.Tensor, columns: Columns, beta: float, factor: float) -> torch.Tensor:
+    def gradient(self, terms: torch.Tensor, columns: Columns, objective: Objective) -> Views:
+        forward, factor = objective.prior == "forward", 1 / (2 * self.n * self.tau)
         for z, first, count in self._ranges():
             self._logits(z, first, count)
             self.ops.strip_gradient(
-                z, terms, columns.peak, columns.weight, columns.q, first, beta, factor, self.threads
+                z, terms, columns.peak, columns.weight, columns.q, first, objective.beta, factor, forward, self.threads
             )
             self.dense.add_gradient(z, first, count)
         return self.dense.gradient(self.n)
@@ -209,10 +215,10 @@ class _Strips:
 class _Hadamard:
     """The three sweeps by the extension's fast transform, everything formed anew."""
 
-    def __init__(self, h: torch.Tensor, tau: float, dictionary: Dictionary, plan: Plan, threads: int) -> None:
+    def __init__(self, views: Views, tau: float, dictionary: Dictionary, plan: Plan, threads: int) -> None:
         self.ops, self.threads = Compiled(cpu_extension), threads
         self.c = dictionary.c
-        self.arguments = (torch.from_numpy(h.numpy() * np.float32(1 / tau)), dictionary.words.contiguous(), plan.width)
+        self.arguments = (*views, 1 / tau, dictionary.words.contiguous(), plan.width)
 
     def rows(self, state: torch.Tensor) -> None:
         self.ops.hadamard_rows(*self.arguments, state, self.threads)
@@ -232,18 +238,22 @@ class _Hadamard:
             self.ops.hadamard_prior(*self.arguments, terms, columns.peak, columns.weight, columns.q, a, self.threads)
         return sums
 
-    def gradient(self, terms: torch.Tensor, columns: Columns, beta: float, factor: float) -> torch.Tensor:
-        dh = torch.zeros_like(self.arguments[0])
+    def gradient(self, terms: torch.Tensor, columns: Columns, objective: Objective) -> Views:
+        forward = objective.prior == "forward"
+        factor = 1 / (2 * self.arguments[0].shape[0])  # the other 1 / tau is in the diagonals
+        dh = torch.zeros_like(self.arguments[0]), torch.zeros_like(self.arguments[1])
         column_terms = (columns.peak, columns.weight, columns.q)
-        self.ops.hadamard_gradient(*self.arguments, terms, *column_terms, beta, factor, dh, self.threads)
+        self.ops.hadamard_gradient(
+            *self.arguments, terms, *column_terms, objective.beta, factor, forward, *dh, self.threads
+        )
         return dh
 
 
 def sweeps_for(
-    h: torch.Tensor, tau: float, dictionary: Dictionary, plan: str, memory_budget: int | None
+    views: Views, tau: float, dictionary: Dictionary, plan: str, memory_budget: int | None
 ) -> _Strips | _Hadamard:
-    """The sweeps for embeddings h (2, N, f). Raises ValueError where the plan or the budget does not fit."""
-    _, n, f = h.shape
+    """The sweeps for the views' embeddings. Raises ValueError where the plan or the budget does not fit."""
+    n, f = views[0].shape
     c, threads = dictionary.c, torch.get_num_threads()
     if dictionary.hadamard and plan == "stored":
         raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
@@ -252,8 +262,8 @@ def sweeps_for(
     if not dictionary.hadamard:
         chosen = dense_plan(n, f, c, plan, memory_budget)
         kind = _Dense if own_products() else _DenseInTorch
-        return _Strips(kind(h, tau, dictionary, threads), n, c, chosen, threads)
+        return _Strips(kind(views, tau, dictionary, threads), tau, n, c, chosen, threads)
     chosen = hadamard_plan(n, f, c, memory_budget)
     if cpu_extension is None:
-        return _Strips(_HadamardInTorch(h, tau, dictionary, threads), n, c, chosen, threads)
-    return _Hadamard(h, tau, dictionary, chosen, threads)
+        return _Strips(_HadamardInTorch(views, tau, dictionary, threads), tau, n, c, chosen, threads)
+    return _Hadamard(views, tau, dictionary, chosen, threads)

@@ -137,7 +137,7 @@ std::vector<float> dense(const Level &level, size_t threads, const Problem &p, s
     for (int sweep = 0; sweep < 3; ++sweep) {
         for (size_t first = 0; first < c; first += strip_width) {
             const size_t count = std::min(strip_width, c - first);
-            const Strip strip = {z.data(), n, up(count, kTile)};
+            const Strip strip = {z.data(), n, up(count, kTile), up(count, kTile)};
             const Dense codes = {p.words.data() + first * words_per_code, words_per_code, count, int16 ? kInt16 : kFloat};
             float *const tile = tiles.data() + first / kTile * 2;
             if (!stored || sweep == 0)
@@ -146,7 +146,7 @@ std::vector<float> dense(const Level &level, size_t threads, const Problem &p, s
                 strip_encode(level, threads, strip, copy.data() + first, tile, width);
             if (stored)
                 strip_decode(level, threads, strip, copy.data() + first, tile, width, count);
-            const ColumnTerms columns = {peak.data() + first, weight.data() + first, q.data() + first, width};
+            const ColumnTerms columns = {peak.data() + first, weight.data() + first, q.data() + first, width, forward};
             if (sweep == 0)
                 strip_rows(level, threads, strip, first, state.data());
             else if (sweep == 1) {
@@ -173,11 +173,8 @@ std::vector<float> dense(const Level &level, size_t threads, const Problem &p, s
 
 std::vector<float> fast(const Level &level, size_t threads, const Problem &p, size_t segment, bool alone) {
     const auto [n, f, c, hadamard, int16, stored, forward] = p.shape;
-    std::vector<float> h = p.h;
-    for (float &x : h)
-        x /= p.tau;
     const size_t width = up(c, kTile);
-    const Hadamard codes = {h.data(), n, f, p.words.data(), c, segment};
+    const Hadamard codes = {{p.h.data(), p.h.data() + n * f}, 1 / p.tau, n, f, p.words.data(), c, segment};
     std::vector<RowState> state(n);
     hadamard_rows(level, threads, codes, state.data());
     std::vector<RowTerms> terms = terms_of(state);
@@ -186,7 +183,7 @@ std::vector<float> fast(const Level &level, size_t threads, const Problem &p, si
     double sums[2];
     const Prior prior = {std::log(float(n)), forward, weight.data(), q.data(), a.data()};
     hadamard_columns(level, threads, codes, terms.data(), peak.data(), log_sum.data(), width, alone ? &prior : nullptr, sums);
-    const ColumnTerms columns = {peak.data(), weight.data(), q.data(), width};
+    const ColumnTerms columns = {peak.data(), weight.data(), q.data(), width, forward};
     if (!alone) {
         for (size_t v = 0; v < 2; ++v)
             level.prior_columns(peak.data() + v * width, log_sum.data() + v * width, prior.log_rows, float(c), forward, c,
@@ -195,7 +192,8 @@ std::vector<float> fast(const Level &level, size_t threads, const Problem &p, si
     }
     for (size_t r = 0; r < 2 * n; ++r)
         terms[r].a = float(a[r]);
-    hadamard_gradient(level, threads, codes, terms.data(), columns, p.beta, 1 / (2 * float(n) * p.tau), dh.data());
+    float *const views[2] = {dh.data(), dh.data() + n * f};
+    hadamard_gradient(level, threads, codes, terms.data(), columns, p.beta, 1 / (2 * float(n)), views);
     return dh;
 }
 

@@ -1,0 +1,215 @@
+"""Column statistics: the mean assignment of the batch, the prior, and what each row needs of it.
+
+In the log domain throughout, float32, units of log 2: log2 pbar_j = logsum2_i(log2 P_ij) - log2 N, online over blocks of rows;
+g_j = ln(c pbar_j) (reverse prior) or -1 / (c pbar_j) (forward), and a_i = sum_j P_ij g_j. P g is formed as P times a finite
+number (reverse) or as -exp2(log2 P_ij - log2 pbar_j) / c (forward), so that nothing is divided by what has underflowed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.plan import STRIP, TILE
+from falcon_fast.kernels.gpu.rows import RowState
+from falcon_fast.kernels.gpu.tiles import LN_2
+
+COLUMN_ROWS = 64
+
+
+class Scales(NamedTuple):
+    """The settings of a loss as the kernels take them; `log_rows` is of the rows of all processes, whose mean counts."""
+
+    log_c: float
+    log_rows: float
+    beta: float
+    tau: float
+    forward: bool
+
+    @staticmethod
+    def of(n: int, c: int, tau: float, beta: float, prior: str, world_size: int) -> Scales:
+        return Scales(math.log2(c), math.log2(n * world_size), beta, tau, prior == "forward")
+
+
+class ColumnState:
+    """What the sweep over the columns leaves: log2 pbar (2, c up to a multiple of 128), partial priors and codes in use by strip.
+
+    For a group, `used` holds a flag a code instead, which the caller reduces over the processes.
+    """
+
+    def __init__(self, c: int, strip: int, grouped: bool, device: torch.device) -> None:
+        padded_c = triton.cdiv(c, TILE) * TILE
+        self.strip, self.strips = strip, triton.cdiv(c, strip)
+        self.log_pbar = torch.empty(2, padded_c, device=device)
+        self.prior = torch.empty(2, self.strips, device=device)
+        self.used = torch.empty(padded_c if grouped else self.strips, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def prior_of(b_log_pbar, log_c, FORWARD: tl.constexpr):
+    """A code's term of the prior, from log2 pbar: pbar ln(c pbar), or -ln(c pbar) / c."""
+    b_ratio = LN_2 * (b_log_pbar + log_c)
+    if FORWARD:
+        return -tl.exp2(-log_c) * b_ratio
+    return tl.exp2(b_log_pbar) * b_ratio
+
+
+@triton.jit
+def prior_gradient(b_log_p, b_p, b_log_pbar, log_c, FORWARD: tl.constexpr):
+    """P g, from log2 P, P and log2 pbar."""
+    if FORWARD:
+        return -tl.exp2(b_log_p - b_log_pbar - log_c)
+    return b_p * (LN_2 * (b_log_pbar + log_c))
+
+
+@triton.jit
+def log_assignments(p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles):
+    """log2 P, float32 [rows, codes], of rows of a view and codes of one tile; rows that are not there: what lies at 0."""
+    o_state = i_view * n + o_row
+    p_tile = p_tile_max + tl.cast(i_view * tiles + i_tile, tl.int64) * n + o_row
+    b_shift = tl.load(p_tile, mask=m_row, other=0.0) - tl.load(p_max + o_state, mask=m_row, other=0.0)
+    b_shift -= tl.log2(tl.load(p_sum + o_state, mask=m_row, other=1.0))
+    p_logits = p_d + o_state[:, None].to(tl.int64) * width + o_code[None, :]
+    return tl.load(p_logits, mask=m_row[:, None], other=0.0).to(tl.float32) + b_shift[:, None]
+
+
+@triton.jit
+def columns_kernel(
+    p_d,  # fp16 [2, n, width]
+    p_tile_max,  # [2, tiles, n]
+    p_max,  # [2, n]
+    p_sum,  # [2, n]
+    p_argmax,  # int32 [2, n]
+    p_log_pbar,  # [2, padded_c], at the range's first code
+    p_prior,  # partial prior [2, strips of c], at the range's first strip
+    p_used,  # codes in use [strips of c], likewise; or, for a group, a flag a code [padded_c]
+    p_rows,  # partial a [strips, 2, n]
+    n,
+    count,
+    first,
+    width,
+    tiles,
+    padded_c,
+    all_strips,
+    log_rows,
+    log_c,
+    FORWARD: tl.constexpr,
+    SUMS: tl.constexpr,
+    TERMS: tl.constexpr,
+    STRIP: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    i_strip = tl.program_id(0)
+    o_code = i_strip * STRIP + tl.arange(0, STRIP)
+    m_code = o_code < count
+    i_tile = i_strip * STRIP // TILE
+    b_used = tl.zeros((STRIP,), tl.int32)
+    for i_view in tl.static_range(2):
+        p_log = p_log_pbar + i_view * padded_c + o_code
+        if SUMS:
+            b_top = tl.full((STRIP,), float("-inf"), tl.float32)
+            b_total = tl.zeros((STRIP,), tl.float32)
+            for start in range(0, n, ROWS):
+                o_row = start + tl.arange(0, ROWS)
+                m_row = o_row < n
+                b_log_p = log_assignments(
+                    p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles
+                )
+                b_log_p = tl.where(m_row[:, None], b_log_p, float("-inf"))
+                b_new = tl.maximum(b_top, tl.max(b_log_p, 0))
+                b_total = b_total * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_log_p - b_new[None, :]), 0)
+                b_top = b_new
+                b_at = tl.load(p_argmax + i_view * n + o_row, mask=m_row, other=-1)
+                b_hit = (b_at[:, None] == (first + o_code)[None, :]).to(tl.int32)
+                b_used = tl.maximum(b_used, tl.max(b_hit, 0))
+            b_log_pbar = b_top + tl.log2(b_total) - log_rows
+            tl.store(p_log, b_log_pbar, mask=m_code)
+        else:
+            b_log_pbar = tl.load(p_log, mask=m_code, other=0.0)
+        if TERMS:
+            b_term = tl.where(m_code, prior_of(b_log_pbar, log_c, FORWARD), 0.0)
+            tl.store(p_prior + i_view * all_strips + i_strip, tl.sum(b_term, 0))
+            for start in range(0, n, ROWS):
+                o_row = start + tl.arange(0, ROWS)
+                m_row = o_row < n
+                b_log_p = log_assignments(
+                    p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles
+                )
+                b_pg = prior_gradient(b_log_p, tl.exp2(b_log_p), b_log_pbar[None, :], log_c, FORWARD)
+                b_a = tl.sum(tl.where(m_code[None, :], b_pg, 0.0), 1)
+                tl.store(p_rows + i_strip.to(tl.int64) * 2 * n + i_view * n + o_row, b_a, mask=m_row)
+    if SUMS and TERMS:
+        tl.store(p_used + i_strip, tl.sum(b_used, 0))
+    elif SUMS:
+        tl.store(p_used + o_code, b_used, mask=m_code)
+
+
+def columns(
+    d: torch.Tensor,
+    tile_maximum: torch.Tensor,
+    rows: RowState,
+    state: ColumnState,
+    partial: torch.Tensor,
+    first: int,
+    count: int,
+    scales: Scales,
+    sums: bool,
+    terms: bool,
+) -> None:
+    """The columns [first, first + count) of the logits d (2, N, width): log2 pbar (`sums`), the prior and a (`terms`).
+
+    partial: a of each strip, (strips, 2, N). With `sums` alone log2 pbar is this process's, less log2 of all rows; the group's
+    is a log-sum-exp of those. `used` is then flags; with both it is counts; with `terms` alone it is not touched.
+    """
+    _, n, width = d.shape
+    launch(
+        columns_kernel,
+        (triton.cdiv(count, STRIP),),
+        d,
+        tile_maximum,
+        rows.maximum,
+        rows.sum,
+        rows.argmax,
+        state.log_pbar[:, first:],
+        state.prior[:, first // STRIP :],
+        state.used[first if sums and not terms else first // STRIP :],
+        partial,
+        n,
+        count,
+        first,
+        width,
+        tile_maximum.shape[1],
+        state.log_pbar.shape[1],
+        state.strips,
+        scales.log_rows,
+        scales.log_c,
+        FORWARD=scales.forward,
+        SUMS=sums,
+        TERMS=terms,
+        STRIP=STRIP,
+        TILE=TILE,
+        ROWS=COLUMN_ROWS,
+        num_warps=8,
+    )
+
+
+def log_sum_over(group: dist.ProcessGroup, log_sum: torch.Tensor) -> None:
+    """In place: log2 of the sum over the group's processes of 2^log_sum (all-reduce of the maximum, then of the sum)."""
+    maximum = log_sum.clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
+    total = torch.exp2(log_sum - maximum)
+    dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
+    torch.add(torch.log2(total), maximum, out=log_sum)
+
+
+def count_used(used: torch.Tensor, c: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """How many codes any process of the group uses, from a flag a code."""
+    flags = used[:c]
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return flags.sum()

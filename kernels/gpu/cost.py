@@ -1,0 +1,108 @@
+"""What the loss costs on a GPU, by a written model, and so which plan it takes there. Imports no triton.
+
+Per loss forward and backward, with G = 4 N f c FLOP (both views' logits formed once) and N c pairs of logits:
+
+    stored      2 G on the tensor cores (logits once, dZ W^T once), 20 bytes of memory traffic a pair: fp16 logits of both views
+                written, read for the columns, read and overwritten with dZ, read by the product; 6 exponentials a pair
+    streaming   4 G (logits three times), 28 bytes a pair, but through the second cache; 8 exponentials
+    hadamard    5 transforms of both views of 2 (A + 2 B) FLOP a logit with A B = f; 12 exponentials; hardly any traffic
+    reference   2 G in float32 and 296 bytes a pair (eager PyTorch, each softmax once), of which 24 are saved for backward
+
+Predicted times add products, traffic and exponentials: they bound each other's overlap from above. What a device reaches is
+written in `DEVICES`; the figures for products and traffic are published or measured ones of a library's kernels, the share that
+our own products reach of them is an estimate until benchmarks/results has a measurement.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET, dense_plan, hadamard_plan, hadamard_served
+
+OWN_PRODUCT = 0.7  # of the library's rate: signs are expanded between two products, not beside them
+OWN_TRANSFORM = 0.35  # small products, with shuffles between
+LAUNCH_SECONDS = 4e-6
+
+
+class Device(NamedTuple):
+    """What a GPU reaches: fp16 and float32 products (FLOP/s), memory and second-cache traffic (bytes/s), exponentials/s."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    half_products: float
+    float_products: float
+    memory: float
+    cache: float
+    exponentials: float
+
+
+DEVICES = {
+    "a100": Device("A100", (8, 0), 108, 250e12, 18e12, 1.7e12, 4.0e12, 2.4e12),
+    "h100": Device("H100", (9, 0), 132, 700e12, 50e12, 3.0e12, 5.5e12, 3.7e12),
+    "h200": Device("H200", (9, 0), 132, 727e12, 50e12, 4.3e12, 5.5e12, 3.7e12),
+}
+
+
+class Candidate(NamedTuple):
+    """One way to compute the loss: FLOP, bytes of traffic, predicted seconds, peak bytes beyond the inputs, whether it fits."""
+
+    name: str
+    flop: float
+    traffic: float
+    seconds: float
+    peak: int
+    fits: bool
+
+
+def nearest_device(name: str, capability: tuple[int, int]) -> Device:
+    """The model of a device by its name, or of the most like one that is known."""
+    for key, device in DEVICES.items():
+        if key in name.lower():
+            return device
+    return DEVICES["a100" if capability[0] == 8 else "h100"]
+
+
+def candidates(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> list[Candidate]:
+    """Every plan for `n` images a view, with the reference last.
+
+    Args:
+        codes: `rademacher` or `hadamard`.
+        memory_budget: bytes beyond inputs and dictionary; None: 4 GiB.
+    """
+    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    facts = (device.capability, device.processors)
+    logits, pairs = 4.0 * n * f * c, float(n) * c
+    own = OWN_PRODUCT * device.half_products
+    found = []
+    if codes == "hadamard" and hadamard_served(f):
+        transform = hadamard_plan(n, f, c, *facts)
+        flop = 5 * 2 * pairs * 2 * (transform.b + 2 * transform.a if transform.a > 1 else f)
+        seconds = flop / (OWN_TRANSFORM * device.half_products) + 12 * pairs / device.exponentials + 7 * LAUNCH_SECONDS
+        found.append(Candidate("hadamard", flop, 24.0 * c, seconds, transform.peak, transform.peak <= budget))
+    else:
+        for name in ("stored", "streaming"):
+            dense = dense_plan(n, f, c, name == "stored", budget, *facts)
+            ranges = -(-c // dense.width)
+            product = logits / (device.half_products if dense.library else own)
+            if name == "stored":
+                flop, traffic = 2 * logits, 20 * pairs
+                seconds = logits / own + product + traffic / device.memory + 6 * pairs / device.exponentials
+                launches = 8
+            else:
+                flop, traffic = 4 * logits, 28 * pairs
+                seconds = 3 * logits / own + product + traffic / device.cache + 8 * pairs / device.exponentials
+                launches = 3 + 8 * ranges
+            found.append(
+                Candidate(name, flop, traffic, seconds + launches * LAUNCH_SECONDS, dense.peak, dense.peak <= budget)
+            )
+    traffic, peak = 296 * pairs, 56 * n * c + 4 * f * c
+    seconds = 2 * logits / device.float_products + traffic / device.memory + 40 * LAUNCH_SECONDS
+    return [*found, Candidate("reference", 2 * logits, traffic, seconds, peak, peak <= budget)]
+
+
+def choose(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> Candidate:
+    """The fastest of our plans that fits the budget; where none does, the one that holds least (and says so when it runs)."""
+    ours = candidates(n, f, c, codes, device, memory_budget)[:-1]
+    fitting = [candidate for candidate in ours if candidate.fits]
+    return min(fitting, key=lambda x: x.seconds) if fitting else min(ours, key=lambda x: x.peak)

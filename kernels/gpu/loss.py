@@ -1,0 +1,218 @@
+"""The loss and the parts of its gradient on a GPU: three sweeps over the codes that never hold an N x c matrix in autograd.
+
+Sweep 1 forms the logits and the statistics of their rows (logits.py), sweep 2 those of their columns and the loss
+(rows.py, columns.py), sweep 3 the gradient (gradient.py). The stored plan has one range of codes, all of them, whose logits
+stay in fp16 (4 bytes a pair of views) from sweep to sweep and turn into dZ in place; the streaming plan forms them anew in each
+sweep, in ranges that stay in the second cache, so that nothing of the size N x c exists. Hadamard dictionaries have kernels of
+their own (hadamard.py), which stream always: forming their logits again costs less than reading them back.
+
+Nothing here looks at a value on the device, so that a step can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from falcon_fast.kernels.gpu import hadamard, transform, tuning
+from falcon_fast.kernels.gpu.columns import ColumnState, Scales, columns, count_used, log_sum_over
+from falcon_fast.kernels.gpu.cost import choose, nearest_device
+from falcon_fast.kernels.gpu.embeddings import cast_embeddings
+from falcon_fast.kernels.gpu.finish import Parts, Readings, finish
+from falcon_fast.kernels.gpu.gradient import dz_in_place, library_product, packed_product
+from falcon_fast.kernels.gpu.launch import device_facts
+from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
+from falcon_fast.kernels.gpu.plan import (
+    LIBRARY_CODES,
+    STRIP,
+    TILE,
+    DensePlan,
+    HadamardPlan,
+    ceil_to,
+    check_budget,
+    dense_plan,
+    hadamard_plan,
+    hadamard_served,
+)
+from falcon_fast.kernels.gpu.rows import RowState, merge_rows
+from falcon_fast.kernels.gpu.support import INTERPRETING
+
+# Units that the largest |dZ| of a row may take: fp16 ends at 65504.
+DENSE_TARGET = 32768.0
+
+
+class _Ranges:
+    """The ranges of codes of a dense plan, and the logits of each: as they are stored, or formed anew."""
+
+    def __init__(self, h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, c: int, plan: DensePlan, tau: float):
+        self.n, self.f = h1.shape
+        self.c, self.words, self.plan, self.device = c, words, plan, h1.device
+        padded_n, padded_f = ceil_to(self.n, plan.logits.rows), ceil_to(self.f, plan.logits.depth)
+        self.h, self.scale, self.norm = cast_embeddings(h1, h2, tau, padded_n, padded_f, paired=True)
+        self.d = torch.empty(2 * self.n * plan.width, dtype=torch.float16, device=self.device)
+        self.maxima = torch.empty(2 * self.n * (plan.width // TILE), device=self.device)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(first code, number of codes) of each."""
+        for first in range(0, self.c, self.plan.width):
+            yield first, min(self.plan.width, self.c - first)
+
+    def stored(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the logits (2, N, width) of `count` codes and their tiles' maxima (2, tiles, N) are."""
+        width = ceil_to(count, TILE)
+        tiles = width // TILE
+        d = self.d[: 2 * self.n * width].view(2, self.n, width)
+        return d, self.maxima[: 2 * self.n * tiles].view(2, tiles, self.n)
+
+    def form(self, first: int, count: int, statistics: TileStatistics | None, keep: bool) -> None:
+        d, maxima = self.stored(count)
+        dense_logits(
+            self.h,
+            self.scale,
+            self.words[first : first + count],
+            first,
+            d if keep else None,
+            maxima,
+            statistics,
+            self.plan.logits,
+        )
+
+    def again(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The range's logits for a later sweep."""
+        if not self.plan.stored:
+            self.form(first, count, None, keep=True)
+        return self.stored(count)
+
+
+def dense_loss(
+    h1: torch.Tensor,
+    h2: torch.Tensor,
+    words: torch.Tensor,
+    c: int,
+    tau: float,
+    beta: float,
+    prior: str,
+    group: dist.ProcessGroup | None,
+    plan: DensePlan,
+    with_gradient: bool,
+) -> tuple[Readings, Parts | None]:
+    """Loss and gradient parts of embeddings (N, f) for packed codes `words` (c, words a code)."""
+    n, f = h1.shape
+    device = h1.device
+    scales = Scales.of(n, c, tau, beta, prior, 1 if group is None else dist.get_world_size(group))
+    ranges = _Ranges(h1, h2, words, c, plan, tau)
+    rows = RowState.empty(n, device)
+    for first, count in ranges:
+        statistics = TileStatistics(n, ceil_to(count, TILE) // TILE, device)
+        ranges.form(first, count, statistics, keep=plan.stored)
+        merge_rows(ranges.stored(count)[1], statistics, rows, fresh=first == 0)
+        del statistics
+
+    state = ColumnState(c, STRIP, group is not None, device)
+    quantum, readings = torch.empty(2, 2, n, device=device), Readings.empty(device)
+    for first, count in ranges:
+        d, maxima = ranges.again(first, count)
+        partial = torch.empty(-(-count // STRIP), 2, n, device=device)
+        if group is None:
+            columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=True)
+        else:
+            columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=False)
+            log_sum_over(group, state.log_pbar[:, first : first + count])
+            columns(d, maxima, rows, state, partial, first, count, scales, sums=False, terms=True)
+        finish(
+            partial,
+            rows,
+            ranges.norm,
+            state,
+            quantum,
+            readings,
+            scales,
+            fresh=first == 0,
+            last=first + count == c,
+            grouped=group is not None,
+            paired=True,
+            target=DENSE_TARGET,
+        )
+        del partial
+    if group is not None:
+        readings = readings._replace(codes_used=count_used(state.used, c, group))
+    if not with_gradient:
+        return readings, None
+
+    parts = torch.empty(plan.splits, 2 * n, f, device=device)
+    if plan.library:
+        dense = torch.empty(min(LIBRARY_CODES, plan.width), f, dtype=torch.float16, device=device)
+    for first, count in ranges:
+        d, maxima = ranges.again(first, count)
+        dz_in_place(d, maxima, rows, quantum, state, first, count, scales)
+        dz = d.view(2 * n, -1)
+        if plan.library:
+            for at in range(0, count, LIBRARY_CODES):
+                part = min(LIBRARY_CODES, count - at)
+                chunk = words[first + at : first + at + part]
+                library_product(dz[:, at : at + part], chunk, dense, parts, add=first + at > 0)
+        else:
+            packed_product(dz, words[first : first + count], parts, plan.product, add=first > 0)
+    return readings, Parts(parts, quantum)
+
+
+def _chosen(
+    n: int, f: int, c: int, is_hadamard: bool, plan: str, memory_budget: int | None, device: torch.device
+) -> DensePlan | HadamardPlan:
+    """The plan; for Hadamard codes of a width that has no kernels a dense one. Raises ValueError for one that does not fit."""
+    facts = device_facts(device)
+    if is_hadamard and hadamard_served(f):
+        if plan == "stored":
+            raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
+        chosen: DensePlan | HadamardPlan = hadamard_plan(n, f, c, facts.capability, facts.processors)
+        name = "the loss"
+    else:
+        name = plan
+        if plan == "auto":
+            model = nearest_device(facts.name, facts.capability)._replace(
+                capability=facts.capability, processors=facts.processors
+            )
+            name = choose(n, f, c, "rademacher", model, memory_budget).name
+        chosen = dense_plan(n, f, c, name == "stored", memory_budget, facts.capability, facts.processors)
+        name = f"the {name} plan of the loss"
+    check_budget(name, chosen.peak, n, f, c, memory_budget)
+    return chosen
+
+
+def parts_shape(
+    n: int, f: int, c: int, is_hadamard: bool, plan: str, memory_budget: int | None, device: torch.device
+) -> tuple[int, int, int]:
+    """The shape of `Parts.parts` that `falcon_loss_parts` gives for these arguments."""
+    chosen = _chosen(n, f, c, is_hadamard, plan, memory_budget, device)
+    return (chosen.gradient_splits if isinstance(chosen, HadamardPlan) else chosen.splits), 2 * n, f
+
+
+def falcon_loss_parts(
+    h1: torch.Tensor,
+    h2: torch.Tensor,
+    words: torch.Tensor,
+    c: int,
+    is_hadamard: bool,
+    tau: float,
+    beta: float,
+    prior: str,
+    group: dist.ProcessGroup | None,
+    plan: str,
+    memory_budget: int | None,
+    with_gradient: bool,
+) -> tuple[Readings, Parts | None]:
+    """Loss and gradient parts of embeddings (N, f) in any precision up to float32, for either dictionary."""
+    n, f = h1.shape
+    if INTERPRETING and h1.dtype == torch.bfloat16:  # which the interpreter loads wrongly
+        h1, h2 = h1.float(), h2.float()
+    h1, h2 = (h if h.stride(1) == 1 else h.contiguous() for h in (h1, h2))
+    chosen = _chosen(n, f, c, is_hadamard, plan, memory_budget, h1.device)
+    if isinstance(chosen, HadamardPlan):
+        return hadamard.hadamard_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)
+    if is_hadamard:
+        words = transform.as_dense(words, f, c)
+    words = words.contiguous()
+    if tuning.TUNING:
+        chosen = chosen._replace(logits=tuning.fastest_logits(h1, h2, words, device_facts(h1.device)))
+    return dense_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)

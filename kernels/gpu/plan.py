@@ -1,0 +1,159 @@
+"""How the Triton kernels go about one loss: block shapes for an architecture, the range of codes at a time, and what is held.
+
+A plan depends on shapes, device model and the stated budget alone, never on free memory, so that all processes and a resumed
+run have the same. The configurations are fixed; the numbers beside them are what ptxas reports for them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TILE = 128  # codes under one maximum
+STRIP = 64  # codes whose columns one program reduces: 128 bytes of each row of stored logits
+
+DEFAULT_BUDGET = 4 * 2**30  # what `auto` takes at most: stored logits are 2.4 GiB at (1024, 2048, 524288)
+RANGE_BYTES = 24 * 2**20  # stored logits of one range of a streaming sweep: they stay in the second cache (A100: 40 MB)
+LIBRARY_CODES = 8192  # codes expanded to fp16 at a time: 32 MiB at f = 2048
+LIBRARY_ROWS = (
+    1024  # of both views, from which expanding the codes for the library's product is the smaller cost [model]
+)
+MOST_SPLITS = 8
+SHORTEST_SPLIT = 1024
+
+
+class LogitsTiles(NamedTuple):
+    """Images, codes and features of a block of the logits product, its warps and pipeline stages."""
+
+    rows: int
+    codes: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class ProductTiles(NamedTuple):
+    """Rows (of both views), features and codes of a block of dZ W^T, its warps and pipeline stages."""
+
+    rows: int
+    features: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class DensePlan(NamedTuple):
+    """A dense dictionary: logits kept or formed anew in ranges of `width` codes; which product; peak bytes beyond the inputs."""
+
+    stored: bool
+    width: int
+    logits: LogitsTiles
+    product: ProductTiles
+    library: bool
+    splits: int
+    peak: int
+
+
+def ceil_to(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def logits_tiles(n: int, c: int, capability: tuple[int, int], processors: int) -> LogitsTiles:
+    """The block of the logits product.
+
+    A Hopper processor multiplies faster than the second cache delivers 128 x 128 blocks of fp16 (64 bytes a cycle of about
+    25); packed codes make it 33, and 256 codes a block 18. The wide block needs all 512 threads' registers.
+    """
+    if (
+        n <= 32 or capability[0] == 10
+    ):  # Blackwell's accumulators lie in rows of lanes: taking the views apart costs registers
+        return LogitsTiles(32, 128, 64, 8, 3)
+    if capability[0] == 9:
+        programs = -(-n // 64) * -(-c // 256)
+        return LogitsTiles(64, 256, 64, 16, 3) if programs >= processors else LogitsTiles(64, 128, 64, 8, 3)
+    return LogitsTiles(64, 128, 64, 8, 3)
+
+
+def product_tiles(capability: tuple[int, int]) -> ProductTiles:
+    """The block of dZ W^T."""
+    return ProductTiles(128, 256, 64, 16, 3) if capability[0] == 9 else ProductTiles(128, 128, 64, 8, 3)
+
+
+def dense_plan(
+    n: int, f: int, c: int, stored: bool, memory_budget: int | None, capability: tuple[int, int], processors: int
+) -> DensePlan:
+    """The plan for `n` images a view; a streaming one goes in narrower ranges where `memory_budget` bytes ask for it."""
+    logits, product = logits_tiles(n, c, capability, processors), product_tiles(capability)
+    padded_c = ceil_to(c, TILE)
+    blocks = -(-2 * n // product.rows) * -(-f // product.features)
+    splits = max(1, min(processors // blocks, MOST_SPLITS, padded_c // SHORTEST_SPLIT))
+    library = 2 * n >= LIBRARY_ROWS
+    if library:
+        splits = 1
+
+    def peak(width: int) -> int:
+        embeddings = 2 * ceil_to(n, logits.rows) * (2 * ceil_to(f, logits.depth) + 8)
+        rows = 2 * n * 4 * 8
+        columns = 2 * padded_c * 4 + 3 * 4 * (padded_c // STRIP)
+        parts = splits * 2 * n * f * 4
+        codes = 2 * f * min(LIBRARY_CODES, width) if library else 0
+        # Of a range: stored logits, tile statistics, and partial sums of a (which come when the statistics but one are gone).
+        of_range = 2 * n * width * 2 + 2 * n * (width // TILE) * 4 * 4
+        return embeddings + rows + columns + of_range + parts + codes
+
+    width = padded_c if stored else min(padded_c, max(8 * TILE, RANGE_BYTES // (4 * n) // (8 * TILE) * (8 * TILE)))
+    while not stored and memory_budget is not None and width > TILE and peak(width) > memory_budget:
+        width = ceil_to(width // 2, TILE)
+    return DensePlan(stored, width, logits, product, library, splits, peak(width))
+
+
+def check_budget(what: str, peak: int, n: int, f: int, c: int, memory_budget: int | None) -> None:
+    """Raises ValueError where `peak` bytes are over the budget."""
+    if memory_budget is not None and peak > memory_budget:
+        raise ValueError(
+            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
+            f"{memory_budget / 2**20:.1f} MiB: raise it, or lower the batch or the number of codes"
+        )
+
+
+class HadamardPlan(NamedTuple):
+    """Hadamard codes of width a b. Images a program and splits of the blocks, for the rows and for the gradient; for the columns,
+    images at a time and how many of the b columns of a transform one program takes; warps; peak bytes beyond the inputs."""
+
+    a: int
+    b: int
+    rows: int
+    splits: int
+    width: int
+    column_rows: int
+    column_warps: int
+    gradient_rows: int
+    gradient_splits: int
+    warps: int
+    peak: int
+
+
+def hadamard_served(f: int) -> bool:
+    """Whether there are kernels for Hadamard codes of width f; other widths are treated as dense dictionaries."""
+    return 16 <= f <= 2048
+
+
+def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processors: int) -> HadamardPlan:
+    """The plan for Hadamard codes, which are streamed always."""
+    a = 1 if f < 256 else 2 ** ((f.bit_length() - 1) // 2)
+    b, blocks = f // a, c // f
+    rows = max(1 if a > 1 else 16, 4096 // f)
+    width = b
+    while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
+        width //= 2
+    column_rows = max(1 if a > 1 else 16, (8192 if capability[0] == 9 else 4096) // (width * a))
+
+    def splits_for(programs: int) -> int:
+        return max(1, min(blocks, -(-2 * processors // programs)))
+
+    splits = splits_for(-(-n // rows))
+    gradient_rows = max(1 if a > 1 else 16, (2048 if capability[0] == 8 else 4096) // f)  # sm_80 spills with 4096
+    gradient_splits = min(splits_for(-(-n // gradient_rows)), MOST_SPLITS)
+    strips = blocks * (b // width)
+    needed = 4 * n * f + 2 * n * 4 * (10 + 4 * splits + strips + gradient_splits * f) + 2 * ceil_to(c, TILE) * 4
+    needed += 12 * strips + 64
+    return HadamardPlan(a, b, rows, splits, width, column_rows, 8, gradient_rows, gradient_splits, 8, needed)

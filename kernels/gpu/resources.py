@@ -1,0 +1,168 @@
+"""What the kernels take of a GPU, without one: compiled ahead of time, registers, spills, shared memory and tensor-core use.
+
+`python -m falcon_fast.kernels.gpu.resources 90` prints a table for sm_90 of every kernel that loss and projector launch at their
+SHAPES (not under TRITON_INTERPRET, where kernels are Python functions). triton ships the tools that read a binary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
+from falcon_fast.kernels.gpu.gradient import combine
+from falcon_fast.kernels.gpu.launch import Launch, compile_ahead, recording
+from falcon_fast.kernels.gpu.loss import falcon_loss_parts
+from falcon_fast.kernels.gpu.projector import gradients, normalise
+
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ programming guide
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+# N, f, c, Hadamard codes, plan
+SHAPES = [
+    (64, 2048, 16384, False, "stored"),
+    (1024, 2048, 65536, False, "stored"),
+    (1024, 2048, 16384, False, "streaming"),
+    (64, 2048, 16384, True, "auto"),
+]
+MORE_SHAPES = [
+    *((64, f, 16 * f, True, "auto") for f in (16, 128, 256, 512, 1024)),
+    (1024, 2048, 524288, True, "auto"),
+    (20, 128, 16384, False, "stored"),
+    (1, 100, 1000, False, "streaming"),
+]
+# Rows, f, row_norm (None: tanh), dtype of the product, training
+PROJECTOR_SHAPES = [
+    (128, 2048, None, torch.float16, True),
+    (2048, 2048, None, torch.bfloat16, False),
+    (2048, 2048, 16.0, torch.float16, True),
+]
+MORE_PROJECTOR_SHAPES = [
+    (200, 100, 4.0, torch.float32, True),
+    (8192, 4096, None, torch.float32, True),
+    (1, 100, 4.0, torch.bfloat16, False),
+]
+
+
+class Resources(NamedTuple):
+    """Of one kernel: registers and stack bytes (spills) a thread, shared memory bytes a block, instructions by name."""
+
+    name: str
+    constants: dict[str, Any]
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def launches(shape: tuple[int, int, int, bool, str], architecture: int, prior: str = "reverse") -> list[Launch]:
+    """The launches of one loss, forward and backward, on a GPU of the architecture (80, 90, 100)."""
+    n, f, c, is_hadamard, plan = shape
+    h1, h2 = (torch.empty(n, f, device="meta") for _ in range(2))
+    words = torch.empty(c // f if is_hadamard else c, -(-f // 32), dtype=torch.int32, device="meta")
+    with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
+        _, parts = falcon_loss_parts(h1, h2, words, c, is_hadamard, 13.9, 1.0, prior, None, plan, None, True)
+        assert parts is not None
+        combine(parts.parts, parts.quantum, torch.empty((), device="meta"), torch.float32)
+    # In a process group the columns' two halves are launches of their own.
+    for launched in [x for x in found if x.kernel is not None and "SUMS" in x.constants]:
+        for half in ({"TERMS": False}, {"SUMS": False}):
+            found.append(launched._replace(constants={**launched.constants, **half}))
+    return found
+
+
+def projector_launches(
+    shape: tuple[int, int, float | None, torch.dtype, bool], architecture: int
+) -> tuple[list[Launch], list[Launch]]:
+    """The launches of a projector after its linear product, forward and backward (two views in training)."""
+    rows, f, row_norm, dtype, training = shape
+    x, g, column = (torch.empty(size, device="meta") for size in ((rows, f), (rows, f), (f,)))
+    averages = Averages(column, column, torch.empty((), dtype=torch.int64, device="meta"), 0.1)
+    with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
+        if training:
+            statistics = batch_statistics(x, 2, column, averages, 1e-5, None)
+        else:
+            statistics = running_statistics(column, column, column, 1e-5)
+        _, length = normalise(x, statistics, column, column, row_norm, torch.float32)
+        forward = len(found)
+        gradients(g, x, statistics, column, column, length, row_norm, dtype, None)
+    return found[:forward], found[forward:]
+
+
+def resources(launched: Launch, architecture: int) -> Resources:
+    """Compile a recorded launch for the architecture and read what it takes."""
+    compiled = compile_ahead(launched, divmod(architecture, 10))
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+        listing = subprocess.run(
+            [tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    instructions: dict[str, int] = {}
+    for name in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing, re.MULTILINE):
+        instructions[name] = instructions.get(name, 0) + 1
+    return Resources(
+        launched.kernel.__name__,
+        launched.constants,
+        launched.num_warps,
+        int(found[1]),
+        int(found[2]),
+        compiled.metadata.shared,
+        instructions,
+    )
+
+
+def distinct(launched: Iterable[Launch], architecture: int) -> Iterator[Resources]:
+    """The resources of each kernel, each configuration once."""
+    seen = set()
+    for launch in launched:
+        key = (str(launch.kernel), str(sorted(launch.constants.items())), str(launch.signature))
+        if launch.kernel is not None and key not in seen:
+            seen.add(key)
+            yield resources(launch, architecture)
+
+
+def all_resources(architecture: int, shapes: list[tuple[int, int, int, bool, str]], prior: str) -> Iterator[Resources]:
+    """Of the kernels that the loss launches at the shapes."""
+    return distinct((x for shape in shapes for x in launches(shape, architecture, prior)), architecture)
+
+
+def projector_resources(
+    architecture: int, shapes: list[tuple[int, int, float | None, torch.dtype, bool]]
+) -> Iterator[Resources]:
+    """Of the kernels that the projector launches at the shapes."""
+    every = (x for shape in shapes for part in projector_launches(shape, architecture) for x in part)
+    return distinct(every, architecture)
+
+
+def main(architecture: int, *, more: bool = False, prior: str = "reverse") -> None:
+    print(f"{'kernel':24} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}  tensor cores, constants")
+    of_loss = all_resources(architecture, SHAPES + (MORE_SHAPES if more else []), prior)
+    shapes = PROJECTOR_SHAPES + (MORE_PROJECTOR_SHAPES if more else [])
+    for found in itertools.chain(of_loss, projector_resources(architecture, shapes)):
+        used = sum(count for name, count in found.instructions.items() if name in ("HMMA", *TENSOR_CORE.values()))
+        print(
+            f"{found.name:24} {found.warps:5} {found.registers:9} {found.stack:5} {found.shared:7}  {used:3} "
+            + ", ".join(f"{name}={value}" for name, value in found.constants.items()),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), more="--more" in sys.argv, prior="forward" if "--forward" in sys.argv else "reverse")

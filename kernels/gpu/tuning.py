@@ -1,0 +1,71 @@
+"""Trying block shapes on the GPU that is there, for who asks: FALCON_FAST_TUNE=1.
+
+Without it the fixed shapes of plan.py are used, and a first call compiles what it runs and no more. With it the first loss of a
+shape tries the alternatives below for the logits product, a second or two, and keeps the fastest for the process.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+
+import torch
+from falcon_fast.kernels.gpu.embeddings import cast_embeddings
+from falcon_fast.kernels.gpu.launch import Facts
+from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
+from falcon_fast.kernels.gpu.plan import TILE, LogitsTiles, ceil_to, logits_tiles
+
+TUNING = os.environ.get("FALCON_FAST_TUNE", "0") not in ("0", "")
+MOST_CODES = 65536  # of a trial
+ROUNDS = 7
+
+ALTERNATIVES = {
+    8: [LogitsTiles(64, 128, 64, 8, 3), LogitsTiles(64, 128, 64, 8, 4), LogitsTiles(32, 128, 64, 4, 3)],
+    9: [
+        LogitsTiles(64, 256, 64, 16, 3),
+        LogitsTiles(64, 128, 64, 8, 3),
+        LogitsTiles(64, 128, 64, 8, 4),
+        LogitsTiles(128, 128, 64, 8, 3),
+    ],
+    10: [LogitsTiles(32, 128, 64, 8, 3), LogitsTiles(64, 128, 64, 16, 3)],
+}
+
+_fastest: dict[tuple[int, int, int, str], LogitsTiles] = {}
+
+
+def milliseconds(
+    h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, tiles: LogitsTiles
+) -> float:  # pragma: no cover - needs a GPU
+    """Median time of the logits and their statistics with blocks of this shape; infinite where they do not fit the GPU."""
+    from triton.runtime.errors import OutOfResources
+
+    (n, f), c = h1.shape, words.shape[0]
+    padded = ceil_to(n, tiles.rows), ceil_to(f, tiles.depth)
+    h, scale, _ = cast_embeddings(h1, h2, 1.0, *padded, paired=True)
+    count = ceil_to(c, TILE) // TILE
+    d = torch.empty(2, n, count * TILE, dtype=torch.float16, device=h.device)
+    maxima = torch.empty(2, count, n, device=h.device)
+    found = TileStatistics(n, count, h.device)
+    times = []
+    try:
+        for _ in range(ROUNDS + 2):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            dense_logits(h, scale, words, 0, d, maxima, found, tiles)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+    except OutOfResources:
+        return float("inf")
+    return statistics.median(times[2:])
+
+
+def fastest_logits(h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, facts: Facts) -> LogitsTiles:
+    """The fastest block shape for embeddings and codes like these, tried once a process."""
+    key = (*h1.shape, words.shape[0], facts.name)
+    if key not in _fastest:
+        trial = words[:MOST_CODES]
+        usual = logits_tiles(h1.shape[0], words.shape[0], facts.capability, facts.processors)
+        shapes = dict.fromkeys([usual, *ALTERNATIVES.get(facts.capability[0], [])])
+        _fastest[key] = min(shapes, key=lambda tiles: milliseconds(h1, h2, trial, tiles))
+    return _fastest[key]

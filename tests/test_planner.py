@@ -1,0 +1,83 @@
+"""The cost model and what it says: figures worked out by hand, choices that must hold, and the start of a softmax."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from falcon_fast.kernels.gpu.cost import nearest_device
+
+from falcon_fast import RademacherCodes, temperature
+from falcon_fast.objective.planner import DEVICES, candidates, choose, explain, frozen_start, start
+
+H200 = DEVICES["h200"]
+
+
+def test_flop_and_traffic_by_hand() -> None:
+    stored, streaming, reference = candidates(1024, 2048, 65536, "rademacher", H200)
+    floor = 8 * 1024 * 2048 * 65536
+    assert (stored.name, streaming.name, reference.name) == ("stored", "streaming", "reference")
+    assert stored.flop == floor and streaming.flop == 2 * floor and reference.flop == floor
+    assert stored.traffic == 20 * 1024 * 65536 and reference.traffic == 296 * 1024 * 65536
+    assert stored.peak >= 4 * 1024 * 65536 and streaming.peak < stored.peak / 4
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_never_faster_than_the_device_allows(device) -> None:
+    for n, f, c in ((64, 2048, 16384), (1024, 2048, 65536), (1024, 512, 524288)):
+        for kind in ("rademacher", "hadamard"):
+            for candidate in candidates(n, f, c, kind, device):
+                assert candidate.seconds >= candidate.flop / device.half_products
+                if candidate.name == "stored":
+                    assert candidate.seconds >= candidate.traffic / device.memory
+
+
+def test_more_memory_is_never_slower() -> None:
+    chosen = [choose(1024, 2048, 524288, "rademacher", H200, budget) for budget in (2**27, 2**30, 2**32, 2**34)]
+    assert [x.name for x in chosen] == ["streaming", "streaming", "stored", "stored"]
+    assert all(a.seconds >= b.seconds for a, b in itertools.pairwise(chosen))
+    assert all(x.peak <= budget for x, budget in zip(chosen, (2**27, 2**30, 2**32, 2**34), strict=True))
+
+
+def test_hadamard_passes_the_dense_floor() -> None:
+    (hadamard, _) = candidates(1024, 2048, 65536, "hadamard", H200)
+    assert hadamard.seconds < 8 * 1024 * 2048 * 65536 / H200.half_products
+    assert candidates(64, 4096, 16384, "hadamard", H200)[0].name == "stored"  # no kernels for that width: a dense one
+
+
+def test_explanation_names_the_choice_and_the_reason() -> None:
+    lines = list(explain(1024, 2048, 524288, "rademacher", H200, 2**29))
+    assert "streaming" in lines[-2] and "stored does not fit" in lines[-2]
+    assert any(line.startswith("stored") and "over the budget" in line for line in lines)
+    assert "times as fast as streaming" in list(explain(64, 2048, 16384, "rademacher", H200))[-2]
+    assert "formed anew faster" in list(explain(64, 2048, 16384, "hadamard", H200))[-2]
+    assert "too small even" in list(explain(1024, 2048, 524288, "rademacher", H200, 2**20))[-2]
+
+
+def test_devices_by_name_or_likeness() -> None:
+    assert nearest_device("NVIDIA A100-SXM4-80GB", (8, 0)).name == "A100"
+    assert nearest_device("NVIDIA H200", (9, 0)).name == "H200"
+    assert nearest_device("NVIDIA L40S", (8, 9)).name == "A100"
+    assert nearest_device("NVIDIA B200", (10, 0)).name == "H100"
+
+
+@pytest.mark.parametrize(("activation", "n"), [("tanh", 64), ("tanh", 1024), ("l2", 64), ("l2", 7)])
+def test_the_spread_at_initialisation_is_that_of_simulated_logits(activation, n) -> None:
+    f, c = 512, 4096
+    h = torch.from_numpy(np.random.RandomState(0).randn(256, f)).float()
+    h = torch.tanh(h) if activation == "tanh" else torch.nn.functional.normalize(h) * math.sqrt(f / n)
+    tau = temperature(f, c, n)
+    spread = (h @ RademacherCodes(f, c).dense() / tau).std().item()
+    assert start(f, c, tau, activation, n).spread == pytest.approx(spread, rel=0.02)
+
+
+def test_a_frozen_start_is_said_with_what_to_do() -> None:
+    assert frozen_start(2048, 16384, temperature(2048, 16384, 64), "tanh", 64) is None
+    line = frozen_start(512, 524288, temperature(512, 524288, 1024), "tanh", 1024)
+    assert line is not None and "\n" not in line and "temperature_batch from 1024 to about" in line
+    advised = int(line.rpartition(" ")[2])
+    assert frozen_start(512, 524288, temperature(512, 524288, advised), "tanh", advised) is None
+    assert "embedding_dim" in frozen_start(8, 16384, temperature(8, 16384, 64), "l2", 64)
