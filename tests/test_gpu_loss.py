@@ -124,6 +124,18 @@ def test_hadamard_codes(poisoned, n, f, c, prior) -> None:
     assert out.codes_used.item() == expected.codes_used.item()
 
 
+@pytest.mark.parametrize(("spread", "limit"), [(4, 1e-3), (23, 4e-3)])
+@pytest.mark.parametrize("kind", [RademacherCodes, HadamardCodes])
+def test_gradient_error_by_the_spread_of_the_logits(kind, spread, limit) -> None:
+    """Relative to float64, at the start of a usual run and far beyond freezing."""
+    h1, h2 = embeddings(16, 256)
+    tau = (torch.cat((h1, h2)).square().mean().sqrt() * 256**0.5 / spread).item()
+    codes = kind(256, 1024).to(DEVICE)
+    _, found = evaluate(h1, h2, codes, tau, implementation="triton")
+    _, exact = evaluate(h1.double(), h2.double(), codes, tau, implementation="reference")
+    assert (found - exact).norm() <= limit * exact.norm()
+
+
 def test_hadamard_codes_of_an_unserved_width_are_the_same_codes() -> None:
     for f, c in ((8, 32), (64, 192)):
         codes = HadamardCodes(f, c, seed=3)
