@@ -14,7 +14,7 @@ from falcon_fast.config import Config, load_recipe, override
 from falcon_fast.models import build_codes, build_network
 from falcon_fast.training.compiled import compiled_network
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.step import training_step
+from falcon_fast.training.step import Learner, training_step
 
 from .conftest import interleaved
 
@@ -39,8 +39,10 @@ def steps(config: Config, size: int):
         criterion = FalconLoss(codes, config.tau, beta=config.loss.beta, prior=config.loss.prior)
         optimizer = build_optimizer(config.optimizer, network, None, 0.0)
 
+        learner = Learner(called, criterion, None, optimizer)
+
         def step() -> float:
-            return training_step(called, criterion, None, optimizer, views, None, 1.0).loss.item()
+            return training_step(learner, views, None, 1.0).loss.item()
 
         return step
 

@@ -15,7 +15,7 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.devices import mixed_precision
 from falcon_fast.models import build_codes, build_network
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.step import training_step
+from falcon_fast.training.step import Learner, training_step
 
 from .conftest import interleaved
 
@@ -36,7 +36,8 @@ def test_step(table, recipe, size, codes) -> None:
         criterion = FalconLoss(build_codes(config), config.tau, implementation=implementation)
         probe = torch.nn.Linear(network.backbone.num_features, 10)
         optimizer = build_optimizer(config.optimizer, network, probe, config.probe.lr)
-        return lambda: training_step(network, criterion, probe, optimizer, views, labels, 1.0, amp_dtype)
+        learner = Learner(network, criterion, probe, optimizer, amp_dtype)
+        return lambda: training_step(learner, views, labels, 1.0)
 
     seconds = interleaved({"reference": stepper("reference"), "cpu": stepper("cpu")}, 9)
     table.add(

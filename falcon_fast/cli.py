@@ -66,7 +66,9 @@ def train(
     from falcon_fast import config as configuration
     from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
-    from falcon_fast.training import parallel, trainer
+    from falcon_fast.training.processes import join
+    from falcon_fast.training.run import prepare, restore
+    from falcon_fast.training.trainer import train as train_run
 
     overrides: dict[str, Any] = {}
     for option, key in OPTION_KEYS.items():
@@ -94,19 +96,19 @@ def train(
     config = configuration.validate(configuration.override(config, overrides))
 
     training = config.training
-    processes = parallel.join(training.strategy, training.device, training.batch_size, training.timeout)
+    processes = join(training.strategy, training.device, training.batch_size, training.timeout)
     directory = processes.from_main(directory)  # its name may hold the time
     console = Console(highlight=False, markup=False, quiet=not processes.main)
-    run = trainer.prepare(config, processes)
+    run = prepare(config, processes)
     with processes.together():
-        step, seconds = (0, 0.0) if resume is None else trainer.restore(run, directory)
+        step, seconds = (0, 0.0) if resume is None else restore(run, directory)
         if resume is None and processes.main:
             runs.create_run_directory(directory, run.config)
     for note in run.notes:
         console.print(note, soft_wrap=True)
     console.print(describe(run, directory, step), soft_wrap=True)
     try:
-        seconds = trainer.train(run, directory, console, step, seconds)
+        seconds = train_run(run, directory, console, step, seconds)
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
         sys.exit(130)
@@ -236,7 +238,7 @@ def main() -> None:
     try:
         cli()
     except (UsageError, TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
-        from falcon_fast.training.parallel import speaks
+        from falcon_fast.training.processes import speaks
 
         if speaks(error):
             click.echo(f"error: {error}", err=True)

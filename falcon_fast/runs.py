@@ -32,7 +32,7 @@ from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.models import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.training import checkpoint
-from falcon_fast.training.trainer import Run
+from falcon_fast.training.run import Run
 
 
 def create_run_directory(path: Path, config: Config) -> None:

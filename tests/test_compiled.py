@@ -14,6 +14,7 @@ from falcon_fast.data.loader import training_batches
 from falcon_fast.errors import UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import compiled, trainer
+from falcon_fast.training.run import prepare, restore
 from falcon_fast.training.step import training_step
 
 SETTINGS = {"model.width": 4, "loss.embedding_dim": 32, "loss.num_codes": 64, "loss.temperature_batch": 1}
@@ -29,15 +30,14 @@ def backend(request, monkeypatch):
 
 def losses(steps: int, lr: float = 2e-3, **settings) -> list[float]:
     changes = SETTINGS | {"optimizer.lr": lr} | settings
-    run = trainer.prepare(validate(override(load_recipe("digits"), changes)))
+    run = prepare(validate(override(load_recipe("digits"), changes)))
     photometric = photometric_stage(run.augmentation, "eager", False, print)
     mean, std = run.source.normalization(run.device)
     found = []
     for batch in training_batches(run.loader, run.source, run.clock, range(steps), run.device, 0):
         views = photometric(batch.views, batch.parameters, mean, std)
-        arguments = (run.trained[0], run.criterion, run.trained[1], run.optimizer, views, batch.labels, 1.0)
         with torch._dynamo.config.patch(error_on_recompile=batch.step >= 2):
-            found.append(training_step(*arguments).loss.item())
+            found.append(training_step(run.learner, views, batch.labels, 1.0).loss.item())
     return found
 
 
@@ -54,13 +54,13 @@ def test_one_graph_without_breaks_and_the_losses_of_eager(backend):
 
 def test_a_compiled_run_trains_evaluates_and_saves_plain_names(backend, tmp_path):
     changes = SETTINGS | {"training.epochs": 1, "training.batch_size": 256, "training.compile": True}
-    run = trainer.prepare(validate(override(load_recipe("digits"), changes)))
+    run = prepare(validate(override(load_recipe("digits"), changes)))
     create_run_directory(tmp_path / "run", run.config)
     counters.clear()
     trainer.train(run, tmp_path / "run", Console(quiet=True))
     assert counters["stats"]["unique_graphs"] == 1  # evaluation compiles nothing
-    again = trainer.prepare(run.config)
-    assert trainer.restore(again, tmp_path / "run")[0] == run.total_steps
+    again = prepare(run.config)
+    assert restore(again, tmp_path / "run")[0] == run.total_steps
     assert not any("_orig_mod" in key for key in run.network.state_dict())
 
 

@@ -15,7 +15,7 @@ from falcon_fast.data import manifest
 from falcon_fast.data.folders import image_paths
 from falcon_fast.data.images import header, read_image
 from falcon_fast.data.sources import open_source
-from falcon_fast.training import trainer
+from falcon_fast.training.run import prepare
 
 from .loaders import damage, smooth, write_every_kind
 
@@ -201,7 +201,7 @@ def test_a_preview_shows_what_a_run_sees_first(photos: Path, tmp_path: Path, dat
     sheet = np.asarray(Image.open(out)).astype(int)
     assert sheet.shape == (8 * 28, 2 * (3 * 28 + 4), 3)
     settings = {"data.path": str(photos), "data.size": 24, "training.seed": 3, "training.batch_size": 10}
-    run = trainer.prepare(validate(override(load_recipe("folder"), settings | {"model.name": "resnet8"})))
+    run = prepare(validate(override(load_recipe("folder"), settings | {"model.name": "resnet8"})))
     index = int(run.clock.at(0).indices[9])
     original = read_image(run.source.train.images.name(index)).copy()
     original.thumbnail((24, 24))

@@ -21,6 +21,7 @@ from falcon_fast.data.sources import open_source
 from falcon_fast.errors import UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, trainer
+from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
 
 from .loaders import CPU, damage, joined, same, smooth
 
@@ -147,11 +148,11 @@ TINY = {
 }
 
 
-def run_of(folder: Path, name: str, **changes: object) -> trainer.Run:
+def run_of(folder: Path, name: str, **changes: object) -> Run:
     settings = (
         TINY | {"data.path": str(folder), "data.loader": name} | {k.replace("__", "."): v for k, v in changes.items()}
     )
-    return trainer.prepare(validate(override(load_recipe("folder"), settings)))
+    return prepare(validate(override(load_recipe("folder"), settings)))
 
 
 def losses(directory: Path) -> list[str]:
@@ -174,7 +175,7 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
         torch.manual_seed(0)
         run = run_of(folder, name)
         if directory.exists():
-            step, seconds = trainer.restore(run, directory)
+            step, seconds = restore(run, directory)
         else:
             create_run_directory(directory, run.config)
             step, seconds = 0, 0.0
@@ -219,16 +220,16 @@ def test_resuming_something_else_is_refused_by_its_name(changes: dict, what: str
     run = run_of(folder, "workers", training__epochs=0)
     create_run_directory(tmp_path / "run", run.config)
     trainer.train(run, tmp_path / "run", Console(quiet=True))
-    assert trainer.restore(run_of(folder, "resident", training__epochs=0), tmp_path / "run") == (
+    assert restore(run_of(folder, "resident", training__epochs=0), tmp_path / "run") == (
         0,
         pytest.approx(0, abs=60),
     )
     with pytest.raises(UsageError, match=f"its {what} was"):
-        trainer.restore(run_of(folder, "workers", training__epochs=0, **changes), tmp_path / "run")
+        restore(run_of(folder, "workers", training__epochs=0, **changes), tmp_path / "run")
     # Other files.
     smooth(50, 50).save(folder / "a" / "new.jpg")
     with pytest.raises(UsageError, match="its data was"):
-        trainer.restore(run_of(folder, "workers", training__epochs=0), tmp_path / "run")
+        restore(run_of(folder, "workers", training__epochs=0), tmp_path / "run")
 
 
 def test_checkpoints_from_before_these_facts_still_resume(folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -236,6 +237,6 @@ def test_checkpoints_from_before_these_facts_still_resume(folder: Path, tmp_path
     create_run_directory(tmp_path / "run", run.config)
     trainer.train(run, tmp_path / "run", Console(quiet=True))
     facts = checkpoint.read_facts(checkpoint.latest(tmp_path / "run"))
-    old = {k: v for k, v in facts.items() if k not in trainer.LATER_FACTS}
+    old = {k: v for k, v in facts.items() if k not in LATER_FACTS}
     monkeypatch.setattr(checkpoint, "read_facts", lambda path: old)
-    assert trainer.restore(run, tmp_path / "run")[0] == 0
+    assert restore(run, tmp_path / "run")[0] == 0

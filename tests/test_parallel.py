@@ -23,10 +23,12 @@ from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.fused import photometric_stage
 from falcon_fast.data.loader import training_batches
+from falcon_fast.data.sources import open_source
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, parallel, trainer
-from falcon_fast.training.parallel import Processes, StopAgreement
+from falcon_fast.training.processes import Processes, StopAgreement, join, lost_peers, speaks
+from falcon_fast.training.run import Run, _build, prepare, restore
 from falcon_fast.training.step import training_step
 
 from .processes import in_processes
@@ -51,17 +53,17 @@ def member(rank: int, world: int) -> Processes:
     return Processes(rank, world, rank, dist.group.WORLD, control, 60)
 
 
-def trained(directory: Path, processes: Processes | None = None, resume: bool = False, **changes) -> trainer.Run:
+def trained(directory: Path, processes: Processes | None = None, resume: bool = False, **changes) -> Run:
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
-    run = trainer.prepare(validate(override(load_recipe("digits"), settings)), processes)
-    step, seconds = trainer.restore(run, directory) if resume else (0, 0.0)
+    run = prepare(validate(override(load_recipe("digits"), settings)), processes)
+    step, seconds = restore(run, directory) if resume else (0, 0.0)
     if not resume and run.processes.main:
         create_run_directory(directory, run.config)
     trainer.train(run, directory, QUIET, step, seconds)
     return run
 
 
-def state(run: trainer.Run) -> dict:
+def state(run: Run) -> dict:
     tensors = {f"network.{k}": v for k, v in run.network.state_dict().items()}
     tensors |= {f"probe.{k}": v for k, v in run.probe.state_dict().items()}
     return {k: v.numpy() for k, v in tensors.items()}
@@ -86,12 +88,12 @@ def exact_steps(processes: Processes, prior: str, steps: int = 5) -> tuple[list[
     In float32 rounding flips ReLUs, hundreds of alike background pixels at once: gradients differ by 1e-3 from the first step on.
     """
     settings = SETTINGS | {"loss.prior": prior, "optimizer.name": "sgd", "optimizer.lr": 0.05}
-    run = trainer.prepare(validate(override(load_recipe("digits"), settings)), processes)
+    run = prepare(validate(override(load_recipe("digits"), settings)), processes)
     run.network.double()
     run.probe.double()
     projector = run.network.projector  # whose own forward makes float32 of everything
     projector.forward = lambda features: torch.tanh(projector.norm(projector.linear(features)))
-    run.__post_init__()
+    run.assemble()
     run.probe.forward = lambda features: nn.functional.linear(features.double(), run.probe.weight, run.probe.bias)
     photometric = photometric_stage(run.augmentation, "eager", False, print)
     mean, std = run.source.normalization(run.device)
@@ -99,7 +101,7 @@ def exact_steps(processes: Processes, prior: str, steps: int = 5) -> tuple[list[
     share = (processes.rank, processes.world_size)
     for batch in training_batches(run.loader, run.source, run.clock, range(steps), run.device, 0, *share):
         views = photometric(batch.views, batch.parameters, mean, std).double()
-        metrics = training_step(run.trained[0], run.criterion, run.trained[1], run.optimizer, views, batch.labels, 1.0)
+        metrics = training_step(run.learner, views, batch.labels, 1.0)
         losses.append(processes.mean(metrics.loss).item())
     return losses, state(run)
 
@@ -214,7 +216,7 @@ def test_alone_nothing_is_asked():
     assert parallel.data_parallel(layer, alone) is layer
     parallel.average_buffers(layer, alone)
     assert StopAgreement(alone)(True) and not StopAgreement(alone).finish()
-    with pytest.raises(RuntimeError, match="gloo"), parallel.lost_peers(alone, lambda: "kept"):
+    with pytest.raises(RuntimeError, match="gloo"), lost_peers(alone, lambda: "kept"):
         raise RuntimeError("[gloo/pair.cc] Connection closed by peer")
     with pytest.raises(UsageError, match="mine"), alone.together():
         raise UsageError("mine")
@@ -223,9 +225,9 @@ def test_alone_nothing_is_asked():
 def test_a_lost_process_is_one_line_that_says_what_is_kept():
     several = Processes(0, 2, 0, group=object())
     line = r"lost another process .*Connection closed.*: training stopped; kept$"
-    with pytest.raises(TrainingError, match=line), parallel.lost_peers(several, lambda: "kept"):
+    with pytest.raises(TrainingError, match=line), lost_peers(several, lambda: "kept"):
         raise RuntimeError("[gloo/pair.cc] Connection closed by peer\nmore")
-    with pytest.raises(RuntimeError, match="other"), parallel.lost_peers(several, lambda: "kept"):
+    with pytest.raises(RuntimeError, match="other"), lost_peers(several, lambda: "kept"):
         raise RuntimeError("other")
 
 
@@ -242,7 +244,7 @@ def test_a_lost_process_is_one_line_that_says_what_is_kept():
 def test_what_does_not_fit_is_said_before_anyone_waits(monkeypatch, world, arguments, expected):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert parallel.speaks(UsageError())
+    assert speaks(UsageError())
     if world is not None:
         for name, value in (
             ("RANK", 1),
@@ -252,9 +254,9 @@ def test_what_does_not_fit_is_said_before_anyone_waits(monkeypatch, world, argum
             ("MASTER_PORT", 1),
         ):
             monkeypatch.setenv(name, str(value))
-        assert not parallel.speaks(UsageError())  # process 0 says it
+        assert not speaks(UsageError())  # process 0 says it
     with pytest.raises(UsageError, match=expected) as caught:
-        parallel.join(*arguments, timeout=5)
+        join(*arguments, timeout=5)
     assert "\n" not in str(caught.value)
 
 
@@ -262,9 +264,9 @@ def test_a_share_of_one_image_needs_synchronised_batchnorm():
     config = validate(
         override(load_recipe("digits"), SETTINGS | {"training.batch_size": 2, "training.sync_batchnorm": False})
     )
-    source = trainer.open_source(config.data)
+    source = open_source(config.data)
     with pytest.raises(UsageError, match="--batch-size 4"):
-        trainer._build(config, source, Processes(0, 2, 0))
+        _build(config, source, Processes(0, 2, 0))
 
 
 # ---- under torchrun ----
@@ -311,8 +313,8 @@ def test_torchrun_stopped_by_a_signal_saves_and_continues_in_one_process(tmp_pat
     step = json.loads((path / "run.json").read_text())["step"]
     with (directory / "metrics.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, step + 1))
-    config = trainer.prepare(checkpoint_config(directory))
-    assert trainer.restore(config, directory)[0] == step
+    config = prepare(checkpoint_config(directory))
+    assert restore(config, directory)[0] == step
 
 
 def checkpoint_config(directory: Path):
@@ -336,7 +338,7 @@ def test_a_killed_process_stops_the_others_and_the_checkpoint_stays(tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode != 0
     assert "lost another process" in err and "the last good checkpoint is" in err
-    assert trainer.restore(trainer.prepare(checkpoint_config(directory)), directory)[0] % 5 == 0
+    assert restore(prepare(checkpoint_config(directory)), directory)[0] % 5 == 0
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, trainer
 from falcon_fast.training.console import COLUMNS
+from falcon_fast.training.run import Run, prepare, restore
 
 TINY = {
     "model.width": 4,
@@ -33,7 +34,7 @@ QUIET = Console(quiet=True)
 
 def prepared(**changes):
     settings = TINY | {k.replace("__", "."): v for k, v in changes.items()}
-    return trainer.prepare(validate(override(load_recipe("digits"), settings)))
+    return prepare(validate(override(load_recipe("digits"), settings)))
 
 
 def start(directory: Path, **changes):
@@ -48,8 +49,8 @@ def rows(directory: Path) -> list[tuple[str, ...]]:
         return [tuple(row[c] for c in COLUMNS[:-3]) for row in csv.DictReader(file)]
 
 
-def assert_same_state(a: trainer.Run, b: trainer.Run) -> None:
-    ours, theirs = (checkpoint.collect(r.network, r.probe, r.optimizer) for r in (a, b))
+def assert_same_state(a: Run, b: Run) -> None:
+    ours, theirs = (checkpoint.collect(r.network, r.probe, r.learner.optimizer) for r in (a, b))
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert torch.equal(ours[key], theirs[key]), key
@@ -65,9 +66,9 @@ def whole(tmp_path_factory):
     return run, directory
 
 
-def continued(directory: Path) -> trainer.Run:
+def continued(directory: Path) -> Run:
     run = prepared()
-    step, seconds = trainer.restore(run, directory)
+    step, seconds = restore(run, directory)
     trainer.train(run, directory, QUIET, step, seconds)
     return run
 
@@ -164,14 +165,14 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatc
 )
 def test_resuming_with_something_else_is_refused(whole, changes, what):
     with pytest.raises(UsageError, match=f"its {what} was"):
-        trainer.restore(prepared(**changes), whole[1])
+        restore(prepared(**changes), whole[1])
 
 
 def test_resuming_with_other_data_is_refused(whole):
     run = prepared()
     other = dataclasses.replace(run, source=dataclasses.replace(run.source, fingerprint="other"))
     with pytest.raises(UsageError, match="its data was"):
-        trainer.restore(other, whole[1])
+        restore(other, whole[1])
 
 
 def test_a_batch_of_one_needs_no_batchnorm():

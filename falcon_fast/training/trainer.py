@@ -1,188 +1,33 @@
-"""Training, from a configuration to the last checkpoint: prepare, restore, and the loop over steps."""
+"""The loop over steps: data in, metrics and checkpoints out, and all the ways in which a run ends."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
-from falcon_fast.config import Config
-from falcon_fast.data.augmentation import Augmentation, augmentation
 from falcon_fast.data.fused import pays, photometric_stage
-from falcon_fast.data.images import Source
-from falcon_fast.data.loader import choose_loader, training_batches
+from falcon_fast.data.loader import training_batches
 from falcon_fast.data.quarantine import Quarantine
-from falcon_fast.data.sampling import Clock
-from falcon_fast.data.sources import open_source
-from falcon_fast.data.workers import auto_workers
-from falcon_fast.devices import find_device, mixed_precision
-from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
-from falcon_fast.models import FalconNetwork, build_codes, build_network
-from falcon_fast.objective import FalconLoss
-from falcon_fast.objective.codes import Codes
-from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
-from falcon_fast.training.compiled import compiled_network, compiler_failures
+from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
-from falcon_fast.training.optimizer import build_optimizer, learning_rate
-from falcon_fast.training.parallel import Processes, StopAgreement, average_buffers, data_parallel, lost_peers
+from falcon_fast.training.optimizer import learning_rate
+from falcon_fast.training.parallel import average_buffers
+from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
+from falcon_fast.training.run import Run
 from falcon_fast.training.signals import stop_requests
 from falcon_fast.training.step import StepMetrics, training_step
 
 NEVER = 2**62  # a step that does not come
-LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
-
-
-@dataclass
-class Run:
-    """Everything a run is made of, built from its configuration and nothing else.
-
-    `network` and `probe` hold the weights; a step calls `trained`, the same two inside what the strategy wraps them in.
-    """
-
-    config: Config
-    source: Source
-    augmentation: Augmentation
-    clock: Clock
-    loader: str
-    device: torch.device
-    amp_dtype: torch.dtype | None
-    network: FalconNetwork
-    codes: Codes
-    criterion: FalconLoss
-    probe: nn.Linear | None
-    optimizer: torch.optim.Optimizer
-    notes: tuple[str, ...]
-    processes: Processes = field(default_factory=Processes)
-    trained: tuple[nn.Module, nn.Module | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        network = compiled_network(self.network) if self.config.training.compile else self.network
-        self.trained = (
-            data_parallel(network, self.processes),
-            None if self.probe is None else data_parallel(self.probe, self.processes),
-        )
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.training.epochs * self.clock.steps_per_epoch
-
-    @property
-    def workers(self) -> int:
-        asked = self.config.data.workers
-        return auto_workers(self.augmentation) if asked < 0 else asked
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
-        codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
-        training = self.config.training
-        return {
-            "data": self.source.fingerprint,
-            "seed": training.seed,
-            "global batch": training.batch_size,
-            "augmentation": repr(self.augmentation),
-            "view size": self.source.size,
-            "codes": codes,
-            "temperature": self.config.tau,
-            "mean": list(self.source.mean),
-            "std": list(self.source.std),
-        }
-
-
-def prepare(config: Config, processes: Processes | None = None) -> Run:
-    """Open the data and build everything, in every process alike; writes nothing. Raises UsageError for what cannot work."""
-    processes = processes or Processes()
-    source = processes.main_first(lambda: open_source(config.data))
-    with processes.together():
-        parts = _build(config, source, processes)
-    return Run(**parts, processes=processes)
-
-
-def _build(config: Config, source: Source, processes: Processes) -> dict[str, Any]:
-    """The parts of a run but those that the processes build together."""
-    device = find_device(config.training.device)
-    amp_dtype, notes = mixed_precision(config.training.amp, device)
-    recipe = augmentation(config.data.augmentation)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
-    training = config.training
-    clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
-    loader, loader_notes = choose_loader(config.data, source, recipe, device)
-
-    network = build_network(config, source.size)
-    averaged = training.batch_size // (1 if training.sync_batchnorm else processes.world_size)
-    if averaged == 1 and has_batchnorm(network):
-        least = training.batch_size // averaged * 2
-        raise UsageError(
-            f"batch size {training.batch_size} gives BatchNorm nothing to average: use --batch-size {least} or more"
-        )
-    per_view_batchnorm(network)
-    if processes.group is not None and training.sync_batchnorm:
-        sync_batchnorm(network, processes.group)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    codes = build_codes(config).to(device)
-    loss = config.loss
-    criterion = FalconLoss(
-        codes,
-        config.tau,
-        beta=loss.beta,
-        prior=loss.prior,
-        group=processes.group if loss.prior_scope == "global" else None,
-        implementation=loss.implementation,
-        plan=loss.plan,
-        memory_budget=loss.memory_budget * 2**20 or None,
-    )
-    frozen = frozen_start(loss.embedding_dim, loss.num_codes, config.tau, loss.activation, loss.temperature_batch)
-    probe = None
-    if source.train.labels is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            probe = nn.Linear(network.backbone.num_features, len(source.classes)).to(device)  # type: ignore[arg-type]
-    optimizer = build_optimizer(config.optimizer, network, probe, config.probe.lr)
-    return {
-        "config": config,
-        "source": source,
-        "augmentation": recipe,
-        "clock": clock,
-        "loader": loader,
-        "device": device,
-        "amp_dtype": amp_dtype,
-        "network": network,
-        "codes": codes,
-        "criterion": criterion,
-        "probe": probe,
-        "optimizer": optimizer,
-        "notes": source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
-    }
-
-
-def restore(run: Run, directory: Path) -> tuple[int, float]:
-    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took.
-
-    Raises:
-        UsageError: no complete checkpoint, or one made with other data, codes or temperature.
-    """
-    path = checkpoint.latest(directory)
-    facts = checkpoint.read_facts(path)
-    for key, value in run.facts.items():
-        if key not in facts and key in LATER_FACTS:
-            continue
-        if facts.get(key) != value:
-            raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
-    checkpoint.load(path, run.network, run.probe, run.optimizer)
-    return int(facts["step"]), float(facts["seconds"])
 
 
 def train(run: Run, directory: Path, console: Console, start_step: int = 0, seconds_before: float = 0.0) -> float:
@@ -200,7 +45,6 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     save_every = config.checkpoint.every_steps or per_epoch
     test_every = config.log.evaluate_epochs * per_epoch
     checkpoints = directory / "checkpoints"
-    network, probe = run.trained
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
@@ -242,7 +86,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         average_buffers(run.network, processes)
         share_bad(quarantine, processes)
         if processes.main:
-            tensors = checkpoint.collect(run.network, run.probe, run.optimizer)
+            tensors = checkpoint.collect(run.network, run.probe, run.learner.optimizer)
             checkpoint.save(checkpoints, step, tensors, {**run.facts, "seconds": elapsed()}, config.checkpoint.keep)
 
     def kept() -> str:
@@ -272,9 +116,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             waited += time.monotonic() - waiting
             views = photometric(batch.views, batch.parameters, mean, std)
             scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
-            metrics = training_step(
-                network, run.criterion, probe, run.optimizer, views, batch.labels, scale, run.amp_dtype
-            )
+            metrics = training_step(run.learner, views, batch.labels, scale)
             step = batch.step + 1  # steps done
             window_steps += 1
             first_bad = torch.where((first_bad == NEVER) & ~torch.isfinite(metrics.loss), step, first_bad)

@@ -1,0 +1,178 @@
+"""A run: everything it is made of, built from its configuration and nothing else, and put back from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
+from falcon_fast.config import Config
+from falcon_fast.data.augmentation import Augmentation, augmentation
+from falcon_fast.data.images import Source
+from falcon_fast.data.loader import choose_loader
+from falcon_fast.data.sampling import Clock
+from falcon_fast.data.sources import open_source
+from falcon_fast.data.workers import auto_workers
+from falcon_fast.devices import find_device, mixed_precision
+from falcon_fast.errors import UsageError
+from falcon_fast.models import FalconNetwork, build_codes, build_network
+from falcon_fast.objective import FalconLoss
+from falcon_fast.objective.codes import Codes
+from falcon_fast.objective.planner import frozen_start
+from falcon_fast.training import checkpoint
+from falcon_fast.training.compiled import compiled_network
+from falcon_fast.training.optimizer import build_optimizer
+from falcon_fast.training.parallel import data_parallel
+from falcon_fast.training.processes import Processes
+from falcon_fast.training.step import Learner
+
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
+
+
+@dataclass
+class Run:
+    """The parts of a run. `network` and `probe` hold the weights; `learner` is what a step calls: the same two as the compiler
+    and the strategy wrap them, and their optimiser."""
+
+    config: Config
+    source: Source
+    augmentation: Augmentation
+    clock: Clock
+    loader: str
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    network: FalconNetwork
+    codes: Codes
+    criterion: FalconLoss
+    probe: nn.Linear | None
+    notes: tuple[str, ...]
+    processes: Processes = field(default_factory=Processes)
+    learner: Learner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.assemble()
+
+    def assemble(self) -> None:
+        """Make the learner of the network and the probe as they are now; all processes together."""
+        config = self.config
+        network = compiled_network(self.network) if config.training.compile else self.network
+        self.learner = Learner(
+            data_parallel(network, self.processes),
+            self.criterion,
+            None if self.probe is None else data_parallel(self.probe, self.processes),
+            build_optimizer(config.optimizer, self.network, self.probe, config.probe.lr),
+            self.amp_dtype,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.training.epochs * self.clock.steps_per_epoch
+
+    @property
+    def workers(self) -> int:
+        asked = self.config.data.workers
+        return auto_workers(self.augmentation) if asked < 0 else asked
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
+        codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
+        training = self.config.training
+        return {
+            "data": self.source.fingerprint,
+            "seed": training.seed,
+            "global batch": training.batch_size,
+            "augmentation": repr(self.augmentation),
+            "view size": self.source.size,
+            "codes": codes,
+            "temperature": self.config.tau,
+            "mean": list(self.source.mean),
+            "std": list(self.source.std),
+        }
+
+
+def prepare(config: Config, processes: Processes | None = None) -> Run:
+    """Open the data and build everything, in every process alike; writes nothing. Raises UsageError for what cannot work."""
+    processes = processes or Processes()
+    source = processes.main_first(lambda: open_source(config.data))
+    with processes.together():
+        parts = _build(config, source, processes)
+    return Run(**parts, processes=processes)
+
+
+def _build(config: Config, source: Source, processes: Processes) -> dict[str, Any]:
+    """The parts of a run but those that the processes build together."""
+    device = find_device(config.training.device)
+    amp_dtype, notes = mixed_precision(config.training.amp, device)
+    recipe = augmentation(config.data.augmentation)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
+    training = config.training
+    clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
+    loader, loader_notes = choose_loader(config.data, source, recipe, device)
+
+    network = build_network(config, source.size)
+    averaged = training.batch_size // (1 if training.sync_batchnorm else processes.world_size)
+    if averaged == 1 and has_batchnorm(network):
+        least = training.batch_size // averaged * 2
+        raise UsageError(
+            f"batch size {training.batch_size} gives BatchNorm nothing to average: use --batch-size {least} or more"
+        )
+    per_view_batchnorm(network)
+    if processes.group is not None and training.sync_batchnorm:
+        sync_batchnorm(network, processes.group)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    codes = build_codes(config).to(device)
+    loss = config.loss
+    criterion = FalconLoss(
+        codes,
+        config.tau,
+        beta=loss.beta,
+        prior=loss.prior,
+        group=processes.group if loss.prior_scope == "global" else None,
+        implementation=loss.implementation,
+        plan=loss.plan,
+        memory_budget=loss.memory_budget * 2**20 or None,
+    )
+    frozen = frozen_start(loss.embedding_dim, loss.num_codes, config.tau, loss.activation, loss.temperature_batch)
+    probe = None
+    if source.train.labels is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)
+            probe = nn.Linear(network.backbone.num_features, len(source.classes)).to(device)  # type: ignore[arg-type]
+    return {
+        "config": config,
+        "source": source,
+        "augmentation": recipe,
+        "clock": clock,
+        "loader": loader,
+        "device": device,
+        "amp_dtype": amp_dtype,
+        "network": network,
+        "codes": codes,
+        "criterion": criterion,
+        "probe": probe,
+        "notes": source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
+    }
+
+
+def restore(run: Run, directory: Path) -> tuple[int, float]:
+    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took.
+
+    Raises:
+        UsageError: no complete checkpoint, or one made with other data, codes or temperature.
+    """
+    path = checkpoint.latest(directory)
+    facts = checkpoint.read_facts(path)
+    for key, value in run.facts.items():
+        if key not in facts and key in LATER_FACTS:
+            continue
+        if facts.get(key) != value:
+            raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
+    checkpoint.load(path, run.network, run.probe, run.learner.optimizer)
+    return int(facts["step"]), float(facts["seconds"])
