@@ -58,7 +58,9 @@ def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, d
     def shard_unit(module: nn.Module, parts: list[nn.Module]) -> None:
         """`module` in `low` but for its BatchNorm layers outside `parts`, which are sharded already."""
         done = {id(layer) for part in parts for layer in part.modules()}
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and id(m) not in done]
+        norms: list[nn.Module] = [
+            m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and id(m) not in done
+        ]
         if low.param_dtype is not None and norms:
             fully_shard(norms, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
         fully_shard(module, mp_policy=low, **options)

@@ -62,10 +62,10 @@ class Run:
     def assemble(self) -> None:
         """Make the learner of the network and the probe as they are now; all processes together."""
         config = self.config
-        network: nn.Module
+        network: nn.Module = self.network
+        probe: nn.Module | None = self.probe
         if self.sharded:
             shard(self.network, self.probe, config.fsdp, self.device)
-            network, probe = self.network, self.probe
         else:
             network = compiled_network(self.network) if config.training.compile else self.network
             network = data_parallel(network, self.processes)
