@@ -48,7 +48,7 @@ def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, d
     all-gather each would cost more than they hold.
     """
     # FSDP2 refuses parameters in channels_last. Convolutions of channels_last images then copy their weights, which are small.
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
     low = MixedPrecisionPolicy()
