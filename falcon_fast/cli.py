@@ -37,7 +37,10 @@ cli.add_command(data)
 @click.option("--epochs", type=int)
 @click.option("--batch-size", type=int, help="Images a step; each is seen in two views.")
 @click.option("--loader", metavar="NAME", help="auto (default), dali, resident, workers; synthetic to leave it out.")
-@click.option("--amp/--no-amp", default=None, help="bfloat16 autocast.")
+@click.option("--accumulate", type=int, help="Micro-batches of a step, for less memory; the prior sees one at a time.")
+@click.option("--amp/--no-amp", default=None, help="bfloat16 autocast, as --precision bf16.")
+@click.option("--precision", metavar="NAME", help="float32, tf32, bf16 or fp16 (with scaled gradients).")
+@click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars.")
 @click.option("--compile/--no-compile", default=None, help="torch.compile of the network; measure before use.")
 @click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
 @click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
@@ -53,7 +56,7 @@ cli.add_command(data)
     "settings",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Any other setting, as in config.toml; repeatable.",
+    help="Any other setting, as in config.toml (optimizer.ema_decay=0.999, optimizer.clip_norm=1); repeatable.",
 )
 def train(
     recipe: str | None, run_dir: Path | None, resume: Path | None, settings: tuple[str, ...], **options: Any
@@ -76,6 +79,8 @@ def train(
     if "data.path" in overrides:
         overrides["data.path"] = os.path.abspath(os.path.expanduser(overrides["data.path"]))
 
+    if overrides.get("training.amp") is False and overrides.get("training.precision") in ("bf16", "fp16"):
+        raise UsageError(f"--no-amp is no autocast, --precision says {overrides['training.precision']}: leave one out")
     if resume is not None:
         extra = sorted(set(overrides) - CHANGEABLE)
         if extra or recipe or run_dir:
@@ -110,6 +115,8 @@ def train(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
         sys.exit(130)
+    if run.learner.average is not None:  # training is over: the average is what is judged and kept
+        run.learner.average.swap(run.network)
     network, _ = run.whole()
     processes.close()
     if not processes.main:
@@ -175,7 +182,10 @@ OPTION_KEYS = {
     "loader": "data.loader",
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
+    "accumulate": "training.accumulate",
     "amp": "training.amp",
+    "precision": "training.precision",
+    "optimizer": "optimizer.name",
     "compile": "training.compile",
     "codes": "loss.codes",
     "num_codes": "loss.num_codes",
@@ -190,10 +200,12 @@ OPTION_KEYS = {
 def describe(run: Any, directory: Path, step: int) -> str:
     """Two lines on what is about to run."""
     config, source = run.config, run.source
-    precision = "float32" if run.amp_dtype is None else "bfloat16 autocast"
+    precision = str(run.precision)
     beginning = f"from step {step} of " if step else ""
     processes = run.processes.world_size
     precision += ", compiled" if config.training.compile else ""
+    if config.training.accumulate > 1:
+        precision += f", {config.training.accumulate} micro-batches a step"
     place = str(run.device) if processes == 1 else f"{processes} {run.device.type} processes"
     return (
         f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "

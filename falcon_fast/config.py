@@ -27,7 +27,8 @@ LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
 PHOTOMETRIC = ("auto", "eager", "compiled", "triton")
 SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
+PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 PARAM_DTYPES = ("float32", "bfloat16")
@@ -82,9 +83,12 @@ class OptimizerConfig:
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-4
-    momentum: float = 0.9  # of sgd
+    momentum: float = 0.9  # of sgd and lars
     warmup_epochs: float = 0.0
     warmup_lr: float = 3e-5  # where the warm-up starts
+    exclude_bias_and_norm: bool = False  # from weight decay; lars always excludes them, from its scaling too
+    clip_norm: float = 0.0  # the largest norm of the network's gradient; 0: whatever it is
+    ema_decay: float = 0.0  # of an average of the weights, which is then what is evaluated and kept; 0: none
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class ProbeConfig:
 class TrainingConfig:
     epochs: int = 100
     batch_size: int = 256  # images a step, over all processes; each gives two views
-    amp: bool = False
+    accumulate: int = 1  # micro-batches of a step, one after the other; the prior and BatchNorm see one at a time
+    amp: bool = False  # bf16
+    precision: str = "auto"  # one of PRECISIONS; auto: bf16 with amp, else float32 with torch's own switches for TF32
     compile: bool = False  # the network, by torch.compile
     seed: int = 0
     device: str = "auto"
@@ -285,6 +291,7 @@ def validate(config: Config) -> Config:
         ("loss.plan", loss.plan, PLANS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),
         ("training.strategy", training.strategy, STRATEGIES),
+        ("training.precision", training.precision, PRECISIONS),
         ("fsdp.param_dtype", config.fsdp.param_dtype, PARAM_DTYPES),
     ):
         if value not in valid:
@@ -302,9 +309,11 @@ def validate(config: Config) -> Config:
         ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ("optimizer.warmup_epochs", optimizer.warmup_epochs, 0),
         ("optimizer.warmup_lr", optimizer.warmup_lr, 0),
+        ("optimizer.clip_norm", optimizer.clip_norm, 0),
         ("probe.lr", config.probe.lr, 0),
         ("training.epochs", training.epochs, 0),
         ("training.batch_size", training.batch_size, 1),
+        ("training.accumulate", training.accumulate, 1),
         ("training.seed", training.seed, 0),
         ("training.timeout", training.timeout, 1),
         ("log.every_steps", log.every_steps, 1),
@@ -318,6 +327,12 @@ def validate(config: Config) -> Config:
         raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:
         raise UsageError(f"optimizer.momentum must be in [0, 1), not {optimizer.momentum}")
+    if not 0 <= optimizer.ema_decay < 1:
+        raise UsageError(f"optimizer.ema_decay must be in [0, 1), not {optimizer.ema_decay}")
+    if training.amp and training.precision not in ("auto", "bf16"):
+        raise UsageError(f"--amp is bf16, --precision says {training.precision}: leave one of them out")
+    if training.precision == "fp16" and training.strategy == "fsdp" and config.fsdp.param_dtype == "bfloat16":
+        raise UsageError("fsdp.param_dtype=bfloat16 is for --precision bf16: with fp16 leave it float32")
     f, c = loss.embedding_dim, loss.num_codes
     if loss.codes == "hadamard" and (f < 1 or f & (f - 1) or c % f):
         raise UsageError(

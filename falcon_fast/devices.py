@@ -1,4 +1,4 @@
-"""Which device a run uses, and in which precision."""
+"""Which device a run uses."""
 
 from __future__ import annotations
 
@@ -22,21 +22,3 @@ def find_device(name: str) -> torch.device:
             f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are visible; try --device cpu"
         )
     return device
-
-
-def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    # Not torch.cpu.get_capabilities(), which is newer than the oldest torch supported.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def mixed_precision(amp: bool, device: torch.device) -> tuple[torch.dtype | None, tuple[str, ...]]:
-    """The autocast dtype for `--amp` on a device, and lines for the user.
-
-    bfloat16, on a CPU only where it multiplies bfloat16 natively: emulated, it was slower than float32.
-    """
-    if not amp:
-        return None, ()
-    if device.type == "cpu" and not native_bfloat16():
-        return None, ("--amp: this CPU has no native bfloat16 products, training in float32",)
-    return torch.bfloat16, ()

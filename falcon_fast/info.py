@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from falcon_fast import __version__
-from falcon_fast.config import recipe_description, recipe_names
-from falcon_fast.devices import mixed_precision
+from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
 from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_triton
+from falcon_fast.training.precision import choose_precision
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 
@@ -31,8 +31,7 @@ def report() -> Iterator[str]:
     else:
         yield "CUDA: no device"
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        dtype, _ = mixed_precision(True, torch.device(kind))
-        precision = "float32" if dtype is None else "bfloat16"
+        precision, _ = choose_precision(TrainingConfig(amp=True), torch.device(kind))
         yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"
     built = (
         f"built, running {cpu_extension.level()}"

@@ -32,6 +32,7 @@ from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.models import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.training import checkpoint
+from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.run import Run
 
 
@@ -74,7 +75,12 @@ def load_trained(directory: Path, device: str = "auto") -> Trained:
     network = build_network(config, config.data.size)
     path = checkpoint.latest(directory)
     facts = checkpoint.read_facts(path)
-    checkpoint.load(path, network)
+    if config.optimizer.ema_decay:  # what is judged is the average
+        average = WeightAverage(network, config.optimizer.ema_decay)
+        checkpoint.load(path, network, extra={f"average.{name}": tensor for name, tensor in average.state().items()})
+        average.swap(network)
+    else:
+        checkpoint.load(path, network)
     network.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)

@@ -79,9 +79,15 @@ def _single_process() -> Iterator[None]:
         yield
 
 
-def collect(network: nn.Module, probe: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor that a resume needs, by name: `network.*`, `probe.*`, `optimizer.<parameter>.<moment>`, `random.*`."""
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+def collect(
+    network: nn.Module,
+    probe: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every tensor that a resume needs, by name: `network.*`, `probe.*`, `optimizer.<parameter>.<moment>`, `random.*` and
+    `extra`."""
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
     if probe is not None:
         tensors |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
     for name, parameter in _parameters(network, probe).items():
@@ -150,9 +156,13 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def load(
-    path: Path, network: nn.Module, probe: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
+    path: Path,
+    network: nn.Module,
+    probe: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Restore the modules, the optimiser and the random state from checkpoint `path`, in place.
+    """Restore the modules, the optimiser, the random state and the tensors `extra` from checkpoint `path`, in place.
 
     Evaluation leaves out probe and optimiser, and the random state then stays as it is.
 
@@ -162,7 +172,7 @@ def load(
     reader = _Reader(str(path))
     try:
         stored = reader.stored()
-        targets = {f"network.{k}": v for k, v in network.state_dict().items()}
+        targets = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
         if probe is not None:
             targets |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
         moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}

@@ -8,12 +8,14 @@ moments. FSDP2 keeps 1 / W of the parameters, gradients and moments in each proc
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -72,6 +74,23 @@ def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, d
     shard_unit(network, [*blocks, network.projector])
     if probe is not None:
         fully_shard(probe, **options)
+
+
+@contextmanager
+def gradient_sync(modules: Iterable[nn.Module | None], enabled: bool) -> Iterator[None]:
+    """Whether the backward pass inside averages gradients over the processes, or only adds them up in each.
+
+    For all but the last of the micro-batches of a step: a sum of means costs a reduction each. Their forward passes must lie
+    inside, too. FSDP2 then holds whole gradients until the last one, not shards. Modules of one process have nothing to send.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(enabled)
+                module.set_is_last_backward(enabled)
+            elif isinstance(module, DistributedDataParallel) and not enabled:
+                stack.enter_context(module.no_sync())
+        yield
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,23 +14,25 @@ import torch
 from torch import nn
 
 from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
-from falcon_fast.config import Config
+from falcon_fast.config import Config, TrainingConfig
 from falcon_fast.data.augmentation import Augmentation, augmentation
 from falcon_fast.data.images import Source
 from falcon_fast.data.loader import choose_loader
 from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
 from falcon_fast.data.workers import auto_workers
-from falcon_fast.devices import find_device, mixed_precision
+from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
 from falcon_fast.models import FalconNetwork, build_codes, build_network
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
+from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.compiled import compiled_network
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.parallel import data_parallel, gather, shard
+from falcon_fast.training.parallel import average_buffers, data_parallel, gather, shard
+from falcon_fast.training.precision import Precision, choose_precision
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
@@ -46,7 +50,7 @@ class Run:
     clock: Clock
     loader: str
     device: torch.device
-    amp_dtype: torch.dtype | None
+    precision: Precision
     network: FalconNetwork
     codes: Codes
     criterion: FalconLoss
@@ -76,7 +80,32 @@ class Run:
             probe,
             build_optimizer(config.optimizer, self.network, self.probe, config.probe.lr),
             self.amp_dtype,
+            self.precision.scaler(self.device),
+            config.training.accumulate,
+            config.optimizer.clip_norm,
+            WeightAverage(self.network, config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         )
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """Of autocast; None without."""
+        return self.precision.autocast
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the network has the averaged weights where the run keeps an average; afterwards its own again."""
+        if (average := self.learner.average) is None:
+            yield
+            return
+        with average.applied(self.network):
+            yield
+
+    def average_buffers(self) -> None:
+        """Give every process the mean of the processes' BatchNorm statistics, of the averaged weights too."""
+        average_buffers(self.network, self.processes)
+        if self.learner.average is not None and self.processes.group is not None:
+            with self.averaged():
+                average_buffers(self.network, self.processes)
 
     @property
     def sharded(self) -> bool:
@@ -139,15 +168,16 @@ def prepare(config: Config, processes: Processes | None = None) -> Run:
 def _build(config: Config, source: Source, processes: Processes) -> dict[str, Any]:
     """The parts of a run but those that the processes build together."""
     device = find_device(config.training.device)
-    amp_dtype, notes = mixed_precision(config.training.amp, device)
+    precision, notes = choose_precision(config.training, device)
     recipe = augmentation(config.data.augmentation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
+    notes += _check_accumulation(training, processes)
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
     loader, loader_notes = choose_loader(config.data, source, recipe, device)
 
     network = build_network(config, source.size)
-    averaged = training.batch_size // (1 if training.sync_batchnorm else processes.world_size)
+    averaged = training.batch_size // training.accumulate // (1 if training.sync_batchnorm else processes.world_size)
     if averaged == 1 and has_batchnorm(network):
         least = training.batch_size // averaged * 2
         raise UsageError(
@@ -178,13 +208,30 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
         "clock": clock,
         "loader": loader,
         "device": device,
-        "amp_dtype": amp_dtype,
+        "precision": precision,
         "network": network,
         "codes": codes,
         "criterion": criterion,
         "probe": probe,
         "notes": source.notes + loader_notes + notes + ((frozen,) if frozen else ()),
     }
+
+
+def _check_accumulation(training: TrainingConfig, processes: Processes) -> tuple[str, ...]:
+    """A line on what micro-batches change. Raises UsageError for a batch that does not divide into them."""
+    parts = training.accumulate * processes.world_size
+    if training.batch_size % parts:
+        raise UsageError(
+            f"batch size {training.batch_size} does not divide into {training.accumulate} micro-batches in each of "
+            f"{processes.world_size} processes: make it a multiple of {parts}"
+        )
+    if training.accumulate == 1:
+        return ()
+    micro = training.batch_size // training.accumulate
+    return (
+        f"--accumulate {training.accumulate}: the prior's mean assignment and BatchNorm's statistics are of each micro-batch of "
+        f"{micro} images, not of all {training.batch_size}",
+    )
 
 
 def build_probe(config: Config, network: FalconNetwork, source: Source, device: torch.device) -> nn.Linear | None:
@@ -209,5 +256,5 @@ def restore(run: Run, directory: Path) -> tuple[int, float]:
             continue
         if facts.get(key) != value:
             raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
-    checkpoint.load(path, run.network, run.probe, run.learner.optimizer)
+    checkpoint.load(path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state())
     return int(facts["step"]), float(facts["seconds"])

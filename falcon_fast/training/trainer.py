@@ -23,7 +23,6 @@ from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import learning_rate
-from falcon_fast.training.parallel import average_buffers
 from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
 from falcon_fast.training.run import Run
 from falcon_fast.training.signals import stop_requests
@@ -85,10 +84,10 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         return seconds_before + time.monotonic() - started
 
     def save(step: int) -> None:
-        average_buffers(run.network, processes)
+        run.average_buffers()
         share_bad(quarantine, processes)
         if processes.main:
-            tensors = checkpoint.collect(run.network, run.probe, run.learner.optimizer)
+            tensors = checkpoint.collect(run.network, run.probe, run.learner.optimizer, run.learner.extra_state())
             checkpoint.save(checkpoints, step, tensors, {**run.facts, "seconds": elapsed()}, config.checkpoint.keep)
 
     def kept() -> str:
@@ -104,6 +103,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     display = TrainingDisplay(console, total, start_step)
     with (
         compiler_failures(),
+        run.precision.switches(),
         lost_peers(processes, kept),
         closing(batches),
         metrics_file or nullcontext(),
@@ -118,15 +118,16 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             waited += time.monotonic() - waiting
             views = photometric(batch.views, batch.parameters, mean, std)
             scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
-            metrics = training_step(run.learner, views, batch.labels, scale)
-            step = batch.step + 1  # steps done
+            step = batch.step + 1  # steps done, with this one
+            last, testing = step == total, bool(test_every) and step % test_every == 0
+            logging = step % config.log.every_steps == 0 or testing or last
+            metrics = training_step(run.learner, views, batch.labels, scale, logging)
             window_steps += 1
             first_bad = torch.where((first_bad == NEVER) & ~torch.isfinite(metrics.loss), step, first_bad)
             display.advance(step)
 
-            last, testing = step == total, bool(test_every) and step % test_every == 0
             stopping = agreed(stop_requested()) and not last
-            if step % config.log.every_steps == 0 or testing or last:
+            if logging:
                 check_finite()
                 now = time.monotonic()
                 row = _row(run, step, metrics, scale)
@@ -136,9 +137,10 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                     "seconds": elapsed(),
                 }
                 if (testing or last) and run.probe is not None:
-                    average_buffers(run.network, processes)
-                    network, probe = run.whole()
-                    row |= _test(run, network, probe) if processes.main else {}
+                    run.average_buffers()
+                    with run.averaged():
+                        network, probe = run.whole()
+                        row |= _test(run, network, probe) if processes.main else {}
                 if metrics_file is not None:
                     metrics_file.write(row)
                     display.show(row, config.training.epochs)
@@ -188,6 +190,7 @@ def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str
         "invariance": invariance,
         "codes_used": int(metrics.codes_used),
         "lr": run.config.optimizer.lr * lr_scale,
+        "grad_norm": None if metrics.grad_norm is None else float(metrics.grad_norm),
         "probe_train_accuracy": accuracy[0] if accuracy else None,
     }
 
