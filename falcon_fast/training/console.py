@@ -20,11 +20,11 @@ COLUMNS = (
     "invariance",
     "codes_used",
     "lr",
-    "grad_norm",
     "probe_accuracy",
     "nmi_codes",
     "test_codes_used",
     "probe_train_accuracy",
+    "grad_norm",
     "images_per_second",
     "data_wait",
     "seconds",
@@ -36,8 +36,8 @@ class MetricsFile:
     """metrics.csv: a header, then a row for each logged step; empty where a quantity was not measured.
 
     Columns: step (optimisation steps done), epoch (fractional), loss, prior and invariance (nats, of that step's batch),
-    codes_used (distinct codes in it), lr, grad_norm (of the network, before clipping); on the test split in evaluation mode
-    probe_accuracy (online probe), nmi_codes and test_codes_used; probe_train_accuracy (of the batch, augmented);
+    codes_used (distinct codes in it), lr; on the test split in evaluation mode probe_accuracy (online probe), nmi_codes and
+    test_codes_used; probe_train_accuracy (of the batch, augmented); grad_norm (of the network's gradient, before clipping);
     images_per_second and data_wait (share of the time spent waiting for data) since the row before; seconds of training so far.
     """
 

@@ -53,15 +53,22 @@ def _groups(config: OptimizerConfig, network: nn.Module) -> list[dict[str, Any]]
     """The parameters of the network: all in one group, or what decays and what does not."""
     if not (config.exclude_bias_and_norm or config.name == "lars"):
         return [{"params": list(network.parameters()), "peak_lr": config.lr, "weight_decay": config.weight_decay}]
-    from timm.optim import param_groups_weight_decay
-
+    # What timm's param_groups_weight_decay leaves out of decay; it makes one group of all where the decay is 0, and the order of
+    # its arguments is not that of its older releases.
     named = {
         f"{prefix}.{name}"
         for prefix, module in network.named_children()
         for name in getattr(module, "no_weight_decay", set)()
     }
-    kept, decayed = param_groups_weight_decay(network, config.weight_decay, named)
-    return [group | {"peak_lr": config.lr} for group in (decayed, kept) if group["params"]]
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        plain = parameter.dim() > 1 and not name.endswith(".bias") and name not in named
+        (decayed if plain else kept).append(parameter)
+    return [
+        {"params": decayed, "peak_lr": config.lr, "weight_decay": config.weight_decay},
+        {"params": kept, "peak_lr": config.lr, "weight_decay": 0.0},
+    ]
 
 
 def _lars(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -69,6 +76,8 @@ def _lars(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.
     from timm.optim import Lars
 
     groups[0]["always_adapt"] = True  # also without weight decay
-    # Older releases of timm have no foreach.
-    options = {"foreach": True} if "foreach" in inspect.signature(Lars).parameters else {}
+    # On a CPU timm's own choice: with foreach, 22 million parameters took 435 ms against 39 (new memory for each gradient), 0.3
+    # million 0.9 ms against 1.9. On a GPU foreach always; older releases of timm do not have it.
+    on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+    options = {"foreach": True} if on_gpu and "foreach" in inspect.signature(Lars).parameters else {}
     return Lars(groups, lr=config.lr, momentum=config.momentum, **options)

@@ -79,7 +79,7 @@ def choose_precision(config: TrainingConfig, device: torch.device) -> tuple[Prec
     lacking = _lacking(asked, device)
     if lacking is not None:
         return Precision(), (f"{option}: {lacking}, training in float32",)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if asked == "bf16" and device.type == "cuda" and not _native_on_gpu():
         notes = (f"{option}: this GPU emulates bfloat16 products, --precision fp16 is faster",)
     return Precision(asked, asked=config.precision != "auto"), notes

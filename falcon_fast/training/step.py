@@ -163,9 +163,9 @@ def update(learner: Learner, measure_norm: bool = False) -> torch.Tensor | None:
         scaler.unscale_(optimizer)
     if learner.clip_norm or measure_norm:
         parameters = [p for p in learner.network.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if learner.clip_norm:
-            clip_grads_with_norm_(parameters, learner.clip_norm, norm, foreach=True)
+            clip_grads_with_norm_(parameters, learner.clip_norm, norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if scaler is None:
         optimizer.step()
