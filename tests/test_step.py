@@ -1,18 +1,28 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
 from falcon_fast.batchnorm import per_view_batchnorm
-from falcon_fast.config import OptimizerConfig
+from falcon_fast.config import OptimizerConfig, load_recipe, override, validate
+from falcon_fast.errors import UsageError
 from falcon_fast.models import FalconNetwork, ResNet8
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.step import Learner, objective, training_step
+from falcon_fast.training.processes import Processes
+from falcon_fast.training.run import prepare
+from falcon_fast.training.step import Learner, gradient, objective, training_step
+
+from .processes import in_processes
 
 
 @pytest.fixture
@@ -97,3 +107,215 @@ def test_training_steps_lower_the_loss(parts):
         training_step(Learner(network, criterion, None, optimizer), views, None, 1.0).loss.item() for _ in range(40)
     ]
     assert losses[-1] < losses[0] - 0.5
+
+
+# ---- clipping ----
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1e6])
+def test_the_networks_gradient_is_clipped_and_its_norm_reported(parts, clip):
+    network, criterion, probe, views, labels = parts
+    per_view_batchnorm(network)
+    optimizer = build_optimizer(
+        OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.0, momentum=0.0), network, probe, 2.0
+    )
+    before, probe_before = copy.deepcopy(network), copy.deepcopy(probe)
+    objective(Learner(before, criterion, probe_before, None), views, labels)[0].backward()
+    norm = torch.cat([p.grad.flatten() for p in before.parameters()]).norm()
+    assert norm > 0.05
+    metrics = training_step(
+        Learner(network, criterion, probe, optimizer, clip_norm=clip), views, labels, 1.0, measure_norm=not clip
+    )
+    torch.testing.assert_close(metrics.grad_norm, norm)
+    factor = min(1.0, clip / norm.item()) if clip else 1.0
+    for mine, old in zip(network.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(mine, old - 0.5 * factor * old.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probe.weight, probe_before.weight - 2.0 * probe_before.weight.grad)
+    metrics = training_step(Learner(network, criterion, probe, optimizer, clip_norm=clip), views, labels, 1.0)
+    assert (metrics.grad_norm is None) == (clip == 0)  # it costs a pass
+
+
+# ---- micro-batches, and all of it in several processes ----
+
+TINY = {
+    "model.width": 4,
+    "loss.embedding_dim": 32,
+    "loss.num_codes": 64,
+    "loss.implementation": "reference",
+    "training.batch_size": 16,
+    "optimizer.lr": 0.05,
+    "optimizer.name": "sgd",
+}
+STRATEGIES = ("ddp", "fsdp")
+
+
+def exact(strategy: str, processes: Processes, **settings):
+    """A run in float64, where nothing but a mistake is larger than 1e-9."""
+    changes = TINY | {key.replace("__", "."): value for key, value in settings.items()}
+    run = prepare(validate(override(load_recipe("digits"), changes)), processes)
+    run.network.double()
+    run.probe.double()
+    projector = run.network.projector  # whose own forward makes float32 of everything
+    projector.forward = lambda features: torch.tanh(projector.norm(projector.linear(features)))
+    run.processes = dataclasses.replace(processes, strategy=strategy)
+    run.assemble()
+    run.probe.forward = lambda features: F.linear(features.double(), run.probe.weight, run.probe.bias)
+    return run
+
+
+def batch(processes: Processes, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """A process's share of 16 images in two views."""
+    generator = torch.Generator().manual_seed(seed)
+    views, labels = torch.randn(2, 16, 3, 16, 16, generator=generator).double(), torch.arange(16) % 10
+    share = slice(processes.rank * 16 // processes.world_size, (processes.rank + 1) * 16 // processes.world_size)
+    return views[:, share].flatten(0, 1), labels[share]
+
+
+def plain(tensors) -> list:
+    return [(t.full_tensor() if isinstance(t, DTensor) else t).detach().numpy().copy() for t in tensors]
+
+
+def accumulated(strategy: str, processes: Processes) -> dict:
+    """Gradients of a step of four micro-batches, and the collectives that it took."""
+    run = exact(strategy, processes, training__accumulate=4)
+    with CommDebugMode() as collectives:
+        metrics = gradient(run.learner, *batch(processes))
+    grads = plain(p.grad for p in [*run.network.parameters(), *run.probe.parameters()])
+    counts = {str(op).rpartition(".")[-1]: n for op, n in collectives.get_comm_counts().items()}
+    return {"grads": grads, "loss": processes.mean(metrics.loss).item(), "counts": counts}
+
+
+def several_steps(strategy: str, processes: Processes, name: str) -> dict:
+    """Weights and their average after three clipped steps of two micro-batches."""
+    run = exact(
+        strategy,
+        processes,
+        training__accumulate=2,
+        optimizer__clip_norm=0.5,
+        optimizer__ema_decay=0.5,
+        optimizer__name=name,
+        optimizer__exclude_bias_and_norm=True,
+    )
+    norms = [training_step(run.learner, *batch(processes, seed), 1.0).grad_norm.item() for seed in range(3)]
+    if run.sharded:
+        assert all(type(run.learner.average.state()[n]) is DTensor for n, _ in run.network.named_parameters())
+    weights = plain(run.network.parameters())
+    with run.averaged():
+        averaged = plain(run.network.parameters())
+    assert all((a == b).all() for a, b in zip(weights, plain(run.network.parameters()), strict=True))
+    return {"norms": norms, "weights": weights, "average": averaged}
+
+
+def overflowing(strategy: str, processes: Processes) -> tuple[bool, float, bool]:
+    """A gradient that overflows in the last process alone: whether anything moved, the scale after it, the loss is finite."""
+    run = exact(strategy, processes)
+    learner = dataclasses.replace(run.learner, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    if processes.rank == processes.world_size - 1:
+        run.network.projector.register_forward_hook(lambda m, i, o: (o.register_hook(lambda g: g * math.inf), o)[1])
+    before = plain(run.network.parameters())
+    metrics = training_step(learner, *batch(processes), 1.0)
+    moved = any((a != b).any() for a, b in zip(before, plain(run.network.parameters()), strict=True))
+    return moved, learner.scaler.get_scale(), bool(metrics.loss.isfinite())
+
+
+def _two_processes(rank, world):
+    processes = Processes(rank, world, rank, dist.group.WORLD, dist.new_group(backend="gloo"), 60)
+    found = {}
+    for strategy in STRATEGIES:
+        found[f"accumulated-{strategy}"] = accumulated(strategy, processes)
+        found[f"overflow-{strategy}"] = overflowing(strategy, processes)
+        for name in ("sgd", "lars", "adamw"):
+            found[f"{name}-{strategy}"] = several_steps(strategy, processes, name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return in_processes(_two_processes, 2, tmp_path_factory.mktemp("step"))
+
+
+def assert_alike(mine: list, theirs: list) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert abs(a - b).max() <= 1e-9 * max(1.0, abs(b).max())
+
+
+def test_micro_batches_have_the_mean_of_their_gradients():
+    run = exact("single", Processes(), training__accumulate=4)
+    views, labels = batch(Processes())
+    modules = (run.learner.network, run.learner.probe)
+    apart = [copy.deepcopy(module) for module in modules]
+    losses, sums = [], None
+    for part in range(4):
+        images = slice(4 * part, 4 * part + 4)
+        one = views.unflatten(0, (2, 16))[:, images].flatten(0, 1)
+        projector = apart[0].projector
+        projector.forward = lambda features, own=projector: torch.tanh(own.norm(own.linear(features)))
+        apart[1].forward = lambda features: F.linear(features.double(), apart[1].weight, apart[1].bias)
+        total, metrics = objective(Learner(apart[0], run.criterion, apart[1], None), one, labels[images])
+        parameters = [p for module in apart for p in module.parameters()]
+        grads = torch.autograd.grad(total, parameters)
+        sums = grads if sums is None else [a + b for a, b in zip(sums, grads, strict=True)]
+        losses.append(metrics)
+    metrics = gradient(run.learner, views, labels)
+    for mine, theirs in zip((p for module in modules for p in module.parameters()), sums, strict=True):
+        torch.testing.assert_close(mine.grad, theirs / 4, rtol=1e-9, atol=1e-12)
+    for name in ("loss", "prior", "invariance", "probe_accuracy"):
+        mean = torch.stack([getattr(each, name) for each in losses]).mean()
+        torch.testing.assert_close(getattr(metrics, name), mean, rtol=1e-9, atol=0)
+    assert metrics.codes_used == max(each.codes_used for each in losses)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_accumulate_like_one_with_one_reduction(two, strategy):
+    """A micro-batch of both processes is made of other images than one of a single process: the same ones are put together."""
+    run = exact("single", Processes(), training__accumulate=4)
+    views, labels = batch(Processes())
+    # Process r has images 8 r to 8 r + 7, and takes them by twos.
+    order = torch.tensor([image for part in range(4) for image in (2 * part, 2 * part + 1, 8 + 2 * part, 9 + 2 * part)])
+    metrics = gradient(run.learner, views.unflatten(0, (2, 16))[:, order].flatten(0, 1), labels[order])
+    expected = plain(p.grad for p in [*run.network.parameters(), *run.probe.parameters()])
+    for found in two:
+        mine = found[f"accumulated-{strategy}"]
+        assert_alike(mine["grads"], expected)
+        assert mine["loss"] == pytest.approx(metrics.loss.item(), rel=1e-9)
+    print(two[0][f"accumulated-{strategy}"]["counts"])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_two_processes_clip_step_and_average_like_one(two, strategy, name):
+    order = torch.tensor([*range(4), *range(8, 12), *range(4, 8), *range(12, 16)])
+
+    def whole(processes, seed=5, batch=batch):
+        views, labels = batch(processes, seed)
+        return views.unflatten(0, (2, 16))[:, order].flatten(0, 1), labels[order]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "batch", whole)
+        expected = several_steps("single", Processes(), name)
+    assert min(expected["norms"]) > 0.5 / 10
+    for found in two:
+        mine = found[f"{name}-{strategy}"]
+        assert mine["norms"] == pytest.approx(expected["norms"], rel=1e-9)
+        assert_alike(mine["weights"], expected["weights"])
+        assert_alike(mine["average"], expected["average"])
+    assert any(abs(a - b).max() > 1e-6 for a, b in zip(expected["weights"], expected["average"], strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_processes_skip_a_step_that_overflowed_in_one(two, strategy):
+    assert [found[f"overflow-{strategy}"] for found in two] == [(False, 4.0, True)] * 2
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "multiple"), [(16, 3, 3), (18, 4, 4)])
+def test_a_batch_that_does_not_divide_is_one_line(batch_size, accumulate, multiple):
+    with pytest.raises(UsageError, match=f"make it a multiple of {multiple}$"):
+        exact("single", Processes(), training__batch_size=batch_size, training__accumulate=accumulate)
+
+
+def test_accumulation_says_what_it_changes():
+    (line,) = [n for n in exact("single", Processes(), training__accumulate=4).notes if "micro-batch" in n]
+    assert "micro-batch of 4 images, not of all 16" in line
+    assert not any("micro-batch" in n for n in exact("single", Processes()).notes)
+    with pytest.raises(UsageError, match="--batch-size 8"):  # one image a micro-batch
+        exact("single", Processes(), training__batch_size=4, training__accumulate=4)
