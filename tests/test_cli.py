@@ -180,7 +180,7 @@ def test_info(falcon_fast):
 def test_help_names_every_option(falcon_fast):
     code, out, _ = falcon_fast("train", "--help")
     assert code == 0
-    for option in ("--recipe", "--data", "--epochs", "--batch-size", "--amp / --no-amp", "--codes", "--num-codes",
+    for option in ("--recipe", "--data", "--epochs", "--batch-size", "--amp / --no-amp", "--precision", "--accumulate", "--optimizer", "--codes", "--num-codes",
                    "--embedding-dim", "--temperature-batch", "--run-dir", "--resume", "--seed", "--device", "--set"):  # fmt: skip
         assert option in out
 
@@ -198,6 +198,10 @@ BAD = {
     "section": (["--set", "lose.beta=1"], "did you mean 'loss.beta'"),
     "no value": (["--set", "loss.beta"], "section.key=value"),
     "wrong type": (["--set", "loss.beta=much"], "must be a number"),
+    "precision": (["--precision", "fp8"], "did you mean 'fp16'"),
+    "two precisions": (["--amp", "--precision", "fp16"], "leave one of them out"),
+    "no precision": (["--no-amp", "--precision", "bf16"], "leave one out"),
+    "micro-batches": (["--accumulate", "3"], "make it a multiple of 3"),
     "wrong type of option": (["--epochs", "many"], "not a valid integer"),
     "c": (["--num-codes", "1"], "at least 2 codes"),
     "f": (["--embedding-dim", "0"], "at least 1"),

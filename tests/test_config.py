@@ -273,6 +273,9 @@ LEAST = {
     "optimizer.warmup_epochs": 0.0,
     "optimizer.warmup_lr": 0.0,
     "optimizer.momentum": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.ema_decay": 0.0,
+    "training.accumulate": 1,
     "probe.lr": 0.0,
     "training.epochs": 0,
     "training.batch_size": 1,
@@ -300,7 +303,8 @@ CHOICES = {
     "loss.activation": ("tanh", "l2"),
     "loss.prior": ("reverse", "forward"),
     "loss.implementation": ("auto", "reference"),
-    "optimizer.name": ("adam", "adamw", "sgd"),
+    "optimizer.name": ("adam", "adamw", "sgd", "lars"),
+    "training.precision": ("auto", "float32", "tf32", "bf16", "fp16"),
 }
 
 
@@ -333,6 +337,15 @@ def test_a_choice_takes_its_names_and_no_other(name: str) -> None:
         ({"optimizer.lr": math.nan}, ["optimizer.lr"]),
         ({"optimizer.lr": math.inf}, ["optimizer.lr"]),
         ({"optimizer.momentum": 1.0}, ["optimizer.momentum"]),
+        ({"optimizer.ema_decay": 1.0}, ["optimizer.ema_decay", "[0, 1)"]),
+        *(
+            ({"training.amp": True, "training.precision": name}, ["--amp is bf16", name, "leave one"])
+            for name in ("float32", "tf32", "fp16")
+        ),
+        (
+            {"training.precision": "fp16", "training.strategy": "fsdp", "fsdp.param_dtype": "bfloat16"},
+            ["fsdp.param_dtype", "float32"],
+        ),
     ],
 )
 def test_values_that_do_not_go_together(values: dict[str, Any], words: list[str]) -> None:
@@ -344,3 +357,11 @@ def test_values_at_the_edge_are_valid() -> None:
     validate(override(Config(), {"loss.num_codes": 2, "loss.embedding_dim": 1}))
     validate(override(Config(), {"loss.codes": "hadamard", "loss.embedding_dim": 1, "loss.num_codes": 2}))
     validate(override(Config(), {"loss.epsilon": 1 / 16385, "optimizer.lr": 1e-12, "optimizer.momentum": 0.999}))
+    validate(override(Config(), {"training.amp": True, "training.precision": "bf16", "optimizer.ema_decay": 0.9999}))
+
+
+def test_a_config_of_before_there_were_precisions_means_the_same(tmp_path: Path) -> None:
+    new = ("precision", "accumulate", "exclude_bias_and_norm", "clip_norm", "ema_decay")
+    lines = dump_config(load_recipe("digits")).splitlines()
+    (tmp_path / "config.toml").write_text("\n".join(line for line in lines if not line.startswith(new)) + "\n")
+    assert load_config(tmp_path / "config.toml") == load_recipe("digits")

@@ -175,9 +175,9 @@ def plain(tensors) -> list:
     return [(t.full_tensor() if isinstance(t, DTensor) else t).detach().numpy().copy() for t in tensors]
 
 
-def accumulated(strategy: str, processes: Processes) -> dict:
-    """Gradients of a step of four micro-batches, and the collectives that it took."""
-    run = exact(strategy, processes, training__accumulate=4)
+def accumulated(strategy: str, processes: Processes, number: int = 4) -> dict:
+    """Gradients of a step of some micro-batches, and the collectives that it took."""
+    run = exact(strategy, processes, training__accumulate=number)
     with CommDebugMode() as collectives:
         metrics = gradient(run.learner, *batch(processes))
     grads = plain(p.grad for p in [*run.network.parameters(), *run.probe.parameters()])
@@ -223,6 +223,7 @@ def _two_processes(rank, world):
     found = {}
     for strategy in STRATEGIES:
         found[f"accumulated-{strategy}"] = accumulated(strategy, processes)
+        found[f"at-once-{strategy}"] = accumulated(strategy, processes, 1)
         found[f"overflow-{strategy}"] = overflowing(strategy, processes)
         for name in ("sgd", "lars", "adamw"):
             found[f"{name}-{strategy}"] = several_steps(strategy, processes, name)
@@ -278,7 +279,12 @@ def test_two_processes_accumulate_like_one_with_one_reduction(two, strategy):
         mine = found[f"accumulated-{strategy}"]
         assert_alike(mine["grads"], expected)
         assert mine["loss"] == pytest.approx(metrics.loss.item(), rel=1e-9)
-    print(two[0][f"accumulated-{strategy}"]["counts"])
+    once, four = (two[0][f"{how}-{strategy}"]["counts"] for how in ("at-once", "accumulated"))
+    if strategy == "ddp":  # one for the network and one for the probe; the loss has its own in every micro-batch
+        assert 4 * once["allreduce_"] - four["allreduce_"] == 3 * 2
+    else:
+        for kind in ("_reduce_scatter_base_", "_allgather_base_"):
+            assert four[kind] == once[kind] > 0
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

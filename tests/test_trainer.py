@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from rich.console import Console
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
-from falcon_fast.runs import create_run_directory
-from falcon_fast.training import checkpoint, trainer
+from falcon_fast.runs import create_run_directory, load_trained
+from falcon_fast.training import checkpoint, precision, trainer
 from falcon_fast.training.console import COLUMNS
 from falcon_fast.training.run import Run, prepare, restore
 
@@ -50,7 +52,9 @@ def rows(directory: Path) -> list[tuple[str, ...]]:
 
 
 def assert_same_state(a: Run, b: Run) -> None:
-    ours, theirs = (checkpoint.collect(r.network, r.probe, r.learner.optimizer) for r in (a, b))
+    ours, theirs = (
+        checkpoint.collect(r.network, r.probe, r.learner.optimizer, r.learner.extra_state()) for r in (a, b)
+    )
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert torch.equal(ours[key], theirs[key]), key
@@ -66,8 +70,8 @@ def whole(tmp_path_factory):
     return run, directory
 
 
-def continued(directory: Path) -> Run:
-    run = prepared()
+def continued(directory: Path, **changes) -> Run:
+    run = prepared(**changes)
     step, seconds = restore(run, directory)
     trainer.train(run, directory, QUIET, step, seconds)
     return run
@@ -185,3 +189,72 @@ def test_learning_and_temperature_are_the_runs_own(whole):
     assert run.criterion.tau == run.config.tau
     rates = [float(row[COLUMNS.index("lr")]) for row in rows(directory)]
     assert rates == sorted(rates, reverse=True) and rates[0] < run.config.optimizer.lr
+
+
+EVERYTHING = {
+    "training__precision": "fp16",
+    "training__accumulate": 2,
+    "optimizer__name": "lars",
+    "optimizer__clip_norm": 1.0,
+    "optimizer__ema_decay": 0.8,
+    "training__epochs": 1,
+    "checkpoint__keep": 10,
+}
+
+
+def test_scale_average_and_micro_batches_continue_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "native_float16", lambda: True)  # slow elsewhere, but the same numbers
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler(device, growth_interval=4))
+    torch.manual_seed(0)
+    whole = start(tmp_path / "whole", **EVERYTHING)
+    trainer.train(whole, tmp_path / "whole", QUIET)
+    assert (
+        whole.learner.scaler.get_scale() != 2.0**16
+    )  # it began too high: some steps were skipped, which stopped nothing
+    for step in (10, 11):
+        shutil.rmtree(tmp_path / "whole" / "checkpoints" / f"step-{step:08d}")
+    assert checkpoint.latest(tmp_path / "whole").name == "step-00000005"
+    before = rows(tmp_path / "whole")
+    run = continued(tmp_path / "whole", **EVERYTHING)
+    assert_same_state(run, whole)
+    assert rows(tmp_path / "whole") == before
+    assert rows(tmp_path / "whole")[-1][COLUMNS.index("grad_norm")]
+
+
+def test_what_is_tested_and_kept_is_the_average(tmp_path, monkeypatch):
+    judged = []
+    test = trainer._test
+    monkeypatch.setattr(trainer, "_test", lambda *a: judged.append(copy.deepcopy(a[1].state_dict())) or test(*a))
+    directory = tmp_path / "run"
+    run = start(directory, training__epochs=1, optimizer__ema_decay=0.8)
+    trainer.train(run, directory, QUIET)
+    average = run.learner.average.state()
+    (seen,) = judged
+    kept = load_trained(directory, "cpu").network.state_dict()
+    for name, tensor in average.items():
+        assert torch.equal(seen[name], tensor) and torch.equal(kept[name], tensor), name
+    weight = "projector.linear.weight"
+    assert not torch.equal(average[weight], run.network.state_dict()[weight])
+
+
+def test_an_average_changes_nothing_of_what_is_learnt(whole, tmp_path):
+    torch.manual_seed(0)
+    run = start(tmp_path / "run", optimizer__ema_decay=0.8)
+    trainer.train(run, tmp_path / "run", QUIET)
+    ours, theirs = whole[0].network.state_dict(), run.network.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_switches_of_precision_are_the_runs_alone(tmp_path, monkeypatch):
+    seen, step_function = [], trainer.training_step
+
+    def watching(*arguments):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return step_function(*arguments)
+
+    monkeypatch.setattr(trainer, "training_step", watching)
+    before = torch.backends.cudnn.allow_tf32
+    run = start(tmp_path / "run", training__epochs=1, training__precision="float32")
+    trainer.train(run, tmp_path / "run", QUIET)
+    assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 == before

@@ -81,13 +81,15 @@ def gradient_sync(modules: Iterable[nn.Module | None], enabled: bool) -> Iterato
     """Whether the backward pass inside averages gradients over the processes, or only adds them up in each.
 
     For all but the last of the micro-batches of a step: a sum of means costs a reduction each. Their forward passes must lie
-    inside, too. FSDP2 then holds whole gradients until the last one, not shards. Modules of one process have nothing to send.
+    inside, too. FSDP2 then holds whole gradients until the last one, not shards, and whole parameters likewise, which do not
+    change meanwhile. Modules of one process have nothing to send.
     """
     with ExitStack() as stack:
         for module in modules:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(enabled)
                 module.set_is_last_backward(enabled)
+                module.set_reshard_after_backward(enabled)
             elif isinstance(module, DistributedDataParallel) and not enabled:
                 stack.enter_context(module.no_sync())
         yield
