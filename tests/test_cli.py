@@ -180,7 +180,8 @@ def test_info(falcon_fast):
 def test_help_names_every_option(falcon_fast):
     code, out, _ = falcon_fast("train", "--help")
     assert code == 0
-    for option in ("--recipe", "--data", "--epochs", "--batch-size", "--amp / --no-amp", "--precision", "--accumulate", "--optimizer", "--codes", "--num-codes",
+    for option in ("--recipe", "--data", "--epochs", "--batch-size", "--amp / --no-amp", "--precision",
+                   "--accumulate", "--optimizer", "--codes", "--num-codes",
                    "--embedding-dim", "--temperature-batch", "--run-dir", "--resume", "--seed", "--device", "--set"):  # fmt: skip
         assert option in out
 
