@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from falcon_fast.config import OptimizerConfig
-from falcon_fast.errors import UsageError
-from falcon_fast.training import checkpoint
+from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.training import checkpoint, storage
 from falcon_fast.training.optimizer import build_optimizer
 
 
@@ -28,8 +29,10 @@ def trained(name: str = "adamw", steps: int = 3):
     return network, probe, optimizer
 
 
-def save(tmp_path: Path, parts, step: int = 3, keep: int = 2) -> Path:
-    return checkpoint.save(tmp_path / "checkpoints", step, checkpoint.collect(*parts), {"seconds": 1.5}, keep)
+def save(tmp_path: Path, parts, step: int = 3, keep: int = 2, asynchronous: bool = False) -> Path:
+    with checkpoint.Saver(tmp_path / "checkpoints", keep, asynchronous) as saver:
+        saver.save(step, checkpoint.collect(*parts), {"seconds": 1.5})
+    return tmp_path / "checkpoints" / f"step-{step:08d}"
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
@@ -81,15 +84,21 @@ def test_only_the_newest_stay_and_latest_is_the_newest(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step-00000100"
 
 
-def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_leaves_nothing_and_keeps_the_old(tmp_path, asynchronous):
     parts = trained()
     old = save(tmp_path, parts, 1)
-    monkeypatch.setattr(
-        Path, "write_text", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, parts, 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: no file grows beyond
+    try:
+        with pytest.raises(TrainingError, match="step-00000002 was not written") as caught:
+            save(tmp_path, parts, 2, asynchronous=asynchronous)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    print(caught.value)
+    assert "\n" not in str(caught.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [old.name]
+    checkpoint.load(old, *trained(steps=0))
 
 
 def test_an_incomplete_directory_is_no_checkpoint(tmp_path):
@@ -168,7 +177,7 @@ def test_attributes_are_read_of_the_memory_format_alone(tmp_path):
     path = tmp_path / "pickle"
     path.write_bytes(pickle.dumps(Getattr(encoding, "TORCH_CHANNELS_LAST")))
     with path.open("rb") as file:
-        assert checkpoint._MetadataUnpickler(file).load() is encoding.TORCH_CHANNELS_LAST
+        assert storage.MetadataUnpickler(file).load() is encoding.TORCH_CHANNELS_LAST
     path.write_bytes(pickle.dumps(Getattr(dcp.metadata.Metadata, "__init__")))
     with path.open("rb") as file, pytest.raises(pickle.UnpicklingError, match="no place"):
-        checkpoint._MetadataUnpickler(file).load()
+        storage.MetadataUnpickler(file).load()

@@ -32,7 +32,8 @@ from falcon_fast.training.parallel import data_parallel
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
-LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
+# The first checkpoints do not have them.
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision")
 
 
 @dataclass
@@ -81,10 +82,13 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
+        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation, and what learns."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
-        training = self.config.training
+        training, model, loss = self.config.training, self.config.model, self.config.loss
         return {
+            "model": f"{model.name}, width {model.width}, stem {model.stem}, {loss.activation} to f = {loss.embedding_dim}",
+            "optimizer": self.config.optimizer.name,
+            "precision": "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch."),
             "data": self.source.fingerprint,
             "seed": training.seed,
             "global batch": training.batch_size,
@@ -161,18 +165,30 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     }
 
 
+def seed_process(run: Run, step: int) -> None:
+    """Masks of dropout would otherwise be the same in every process, and after every change of their number."""
+    if run.processes.rank:
+        torch.manual_seed((run.config.training.seed + run.processes.rank) * 1_000_003 + step)
+
+
 def restore(run: Run, directory: Path) -> tuple[int, float]:
-    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took.
+    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took. All processes together.
 
     Raises:
         UsageError: no complete checkpoint, or one made with other data, codes or temperature.
     """
-    path = checkpoint.latest(directory)
-    facts = checkpoint.read_facts(path)
-    for key, value in run.facts.items():
-        if key not in facts and key in LATER_FACTS:
-            continue
-        if facts.get(key) != value:
-            raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
-    checkpoint.load(path, run.network, run.probe, run.learner.optimizer)
+    processes, path = run.processes, directory
+    with processes.together():
+        if processes.main:
+            path = checkpoint.latest(directory)
+    path = processes.from_main(path)  # a file system may not show all processes the same at once
+    with processes.together():
+        facts = checkpoint.read_facts(path)
+        for key, value in run.facts.items():
+            if key not in facts and key in LATER_FACTS:
+                continue
+            if facts.get(key) != value:
+                raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
+        seed_process(run, int(facts["step"]))
+        checkpoint.load(path, run.network, run.probe, run.learner.optimizer, rank=processes.rank)
     return int(facts["step"]), float(facts["seconds"])
