@@ -45,6 +45,12 @@ cli.add_command(data)
 @click.option("--temperature-batch", type=int, help="The n of the temperature: smaller is softer.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default runs/<recipe>-<time>.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
+@click.option(
+    "--continue",
+    "continuing",
+    is_flag=True,
+    help="Continue the run in --run-dir if it has begun, else begin it: for jobs that are started again.",
+)
 @click.option("--seed", type=int)
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
 @click.option(
@@ -58,7 +64,12 @@ cli.add_command(data)
     help="Any other setting, as in config.toml; repeatable.",
 )
 def train(
-    recipe: str | None, run_dir: Path | None, resume: Path | None, settings: tuple[str, ...], **options: Any
+    recipe: str | None,
+    run_dir: Path | None,
+    resume: Path | None,
+    continuing: bool,
+    settings: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Train, then evaluate: linear probe, kNN, clustering, and the four collapse checks."""
     from rich.console import Console
@@ -78,6 +89,8 @@ def train(
     if "data.path" in overrides:
         overrides["data.path"] = os.path.abspath(os.path.expanduser(overrides["data.path"]))
 
+    if continuing and (resume is not None or run_dir is None):
+        raise UsageError("--continue goes with --run-dir RUN, and without --resume")
     if resume is not None:
         extra = sorted(set(overrides) - CHANGEABLE)
         if extra or recipe or run_dir:
@@ -99,11 +112,23 @@ def train(
     processes = join(training.strategy, training.device, training.batch_size, training.timeout)
     directory = processes.from_main(directory)  # its name may hold the time
     console = Console(highlight=False, markup=False, quiet=not processes.main)
+    begun = resume is not None
+    if continuing:
+        with processes.together():
+            state = runs.state_of(directory, config, CHANGEABLE) if processes.main else ""
+        state = processes.from_main(state)
+        if state == "finished":
+            console.print(f"{directory} is finished: its figures are in {directory / 'result.json'}", soft_wrap=True)
+            processes.close()
+            return
+        begun = state == "begun"
     run = prepare(config, processes)
+    step, seconds = restore(run, directory) if begun else (0, 0.0)
     with processes.together():
-        step, seconds = (0, 0.0) if resume is None else restore(run, directory)
-        if resume is None and processes.main:
-            runs.create_run_directory(directory, run.config)
+        if processes.main and begun:
+            runs.remove_partials(directory)
+        elif processes.main:
+            runs.create_run_directory(directory, run.config, again=continuing)
     for note in run.notes:
         console.print(note, soft_wrap=True)
     console.print(describe(run, directory, step), soft_wrap=True)
@@ -111,7 +136,7 @@ def train(
         seconds = train_run(run, directory, console, step, seconds)
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
-        sys.exit(130)
+        sys.exit(130)  # of every process; torchrun makes 1 of it
     processes.close()
     if not processes.main:
         return

@@ -2,8 +2,8 @@
 
 `checkpoints/step-00000600/` holds DCP's files, tensors only (network, optimiser, online probe, random state), and `run.json`, the
 facts that a resume must agree with. Every process writes its share, of what all have alike each a part, into one
-directory under a temporary name beside its place; process 0 renames it when all are done. So a directory of that name is a complete
-checkpoint whenever a process dies, and any number of processes reads it, each what it needs.
+directory under a temporary name beside its place; process 0 renames it when all are done. So a directory of that name is a
+complete checkpoint whenever a process dies, and any number of processes reads it, each what it needs.
 """
 
 from __future__ import annotations
@@ -77,14 +77,16 @@ class Saver:
     (pinned where there is CUDA); DCP writes them in a thread. One at most is under way: the next `save` waits for it. What goes
     wrong there is raised by the next `save`, `wait` or the end of the context, in all processes.
 
-    The processes talk over a gloo group of their own: on the one that training uses, the thread's messages and the steps' mix, and
-    gloo aborts the process ("op.preamble.length <= op.nbytes").
+    The processes talk over a gloo group of their own: on the one that training uses, the thread's messages and the steps' mix,
+    and gloo aborts the process ("op.preamble.length <= op.nbytes").
 
     Raises:
         UsageError: a process does not see the directory that process 0 made.
     """
 
-    def __init__(self, directory: Path, keep: int, asynchronous: bool = False, processes: Processes | None = None) -> None:
+    def __init__(
+        self, directory: Path, keep: int, asynchronous: bool = False, processes: Processes | None = None
+    ) -> None:
         self._directory, self._keep, self._asynchronous = directory, keep, asynchronous
         self._processes = processes = processes or Processes()
         self._token = processes.from_main(f"{socket.gethostname()}-{os.getpid()}")
@@ -103,7 +105,9 @@ class Saver:
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned, shared, in a thread, non-blocking
+        self._stager = DefaultStager(
+            StagingOptions(cuda, False, False, cuda)
+        )  # pinned, shared, in a thread, non-blocking
 
     def _check_shared(self) -> None:
         marker, main = self._directory / f".{self._token}", self._processes.main
@@ -115,7 +119,8 @@ class Saver:
             while not main and not marker.exists():
                 if time.monotonic() > end:
                     raise UsageError(
-                        f"cannot see {self._directory} as process 0 made it: put --run-dir on a file system that all machines share"
+                        f"cannot see {self._directory} as process 0 made it: put --run-dir on a file system that all "
+                        "machines share"
                     )
                 time.sleep(0.1)
         if main:

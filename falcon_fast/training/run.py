@@ -82,7 +82,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation, and what learns."""
+        """What a checkpoint holds beside config.toml, and is resumed against: what learns, and from what."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         training, model, loss = self.config.training, self.config.model, self.config.loss
         return {

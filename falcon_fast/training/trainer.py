@@ -33,7 +33,7 @@ NEVER = 2**62  # a step that does not come
 def train(run: Run, directory: Path, console: Console, start_step: int = 0, seconds_before: float = 0.0) -> float:
     """The loop: steps `start_step` to the end, logged and checkpointed under `directory`. Returns the seconds of training.
 
-    Of several processes, process 0 alone logs and tests, and the others wait at the next step's collectives; each saves its share.
+    Of several processes, process 0 alone logs and tests; the others wait at the next step's collectives. Each saves its share.
 
     Raises:
         TrainingError: a loss is not finite, a checkpoint cannot be written, or another process is gone; the last good one stays.
