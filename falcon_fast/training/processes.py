@@ -5,8 +5,9 @@ split by position: process r of W takes the r-th part of it.
 
 Signals. torchrun starts its processes in sessions of their own, so that Ctrl-C reaches torchrun alone; on SIGINT, SIGTERM,
 SIGHUP or SIGQUIT it sends the same signal to the process group of every process, and SIGKILL to those that still live 30 s
-later; its own exit code is then 1. Each process notes SIGINT or SIGTERM, all agree on the step after which they stop
-(`StopAgreement`), and process 0 saves. When a process dies, torchrun sends SIGTERM to the others likewise; they cannot finish the
+later; its own exit code is then 1. SIGUSR1 ends torchrun alone, unless TORCHELASTIC_SIGNALS_TO_HANDLE names it: then it is passed
+on like the others. Each process notes SIGINT, SIGTERM or SIGUSR1, all agree on the step after which they stop
+(`StopAgreement`), and save. When a process dies, torchrun sends SIGTERM to the others likewise; they cannot finish the
 step, whose collectives fail or time out, and end with what was saved last.
 """
 
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from falcon_fast.errors import TrainingError, UsageError
 
@@ -172,6 +174,9 @@ def join(strategy: str, device: str, batch_size: int, timeout: int) -> Processes
     try:
         dist.init_process_group(
             "nccl" if cuda else "gloo",
+            store=_store(),
+            rank=rank,
+            world_size=world_size,
             timeout=timedelta(seconds=timeout),
             device_id=torch.device("cuda", local_rank) if cuda else None,
         )
@@ -181,6 +186,20 @@ def join(strategy: str, device: str, batch_size: int, timeout: int) -> Processes
     world = dist.group.WORLD
     assert world is not None and isinstance(control, dist.ProcessGroup)
     return Processes(rank, world_size, local_rank, world, control, timeout)
+
+
+def _store() -> dist.Store:
+    """Where the processes find each other.
+
+    torchrun keeps one store for all of its restarts (seen in torch 2.14: DynamicRendezvousHandler caches it), and its clients no
+    longer put the number of the restart before their names: the processes of the second attempt found addresses of the first
+    and waited for them without end, in one of two trials. On one machine that number is the same for all processes. On
+    several it is not: there torchrun must make a store each time (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, examples/torchrun.sh).
+    """
+    store, _, _ = next(rendezvous("env://"))
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _first_line(error: BaseException) -> str:
