@@ -8,15 +8,15 @@
 # times (default 3), and --continue lets them go on from the newest checkpoint. NODES may be a range, 1:2: then the run goes on with the
 # machines that are left, for the batch divides into any number of processes that it is a multiple of.
 #
-# Ctrl-C and SIGTERM to torchrun end the run with a checkpoint; torchrun's own exit code is then 1. SIGUSR1, which some schedulers
-# send before the end, would by itself end torchrun alone and leave its processes behind: so it is passed on, too.
+# Ctrl-C and SIGTERM to torchrun end the run with a checkpoint; torchrun's own exit code is then 1. SIGUSR1, which schedulers are
+# asked to send before the end, torchrun ignores by itself: here it is passed on, too.
 
 set -euo pipefail
 
 # Without it torchrun (seen in 2.14) reuses one store for all starts, in which the restarted processes may find dead ones.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 
 exec torchrun --rdzv-backend=c10d --rdzv-endpoint="${HEAD:?HEAD=host:port}" --rdzv-id="${ID:-falcon}" \
     --nnodes="${NODES:-1}" --nproc-per-node="${GPUS:-gpu}" --max-restarts="${RESTARTS:-3}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --no-python falcon-fast train "$@" --continue

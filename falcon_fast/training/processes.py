@@ -5,10 +5,10 @@ split by position: process r of W takes the r-th part of it.
 
 Signals. torchrun starts its processes in sessions of their own, so that Ctrl-C reaches torchrun alone; on SIGINT, SIGTERM,
 SIGHUP or SIGQUIT it sends the same signal to the process group of every process, and SIGKILL to those that still live 30 s
-later; its own exit code is then 1. SIGUSR1 ends torchrun alone, unless TORCHELASTIC_SIGNALS_TO_HANDLE names it: then it is passed
-on like the others. Each process notes SIGINT, SIGTERM or SIGUSR1, all agree on the step after which they stop
-(`StopAgreement`), and save. When a process dies, torchrun sends SIGTERM to the others likewise; they cannot finish the
-step, whose collectives fail or time out, and end with what was saved last.
+later; its own exit code is then 1. It ignores SIGUSR1, unless --signals-to-handle names it: then it is passed on like the
+others. Each process notes SIGINT, SIGTERM or SIGUSR1, and all agree on the step after which they stop (`StopAgreement`) and
+save. When a process dies, torchrun sends SIGTERM to the others likewise; they cannot finish the step, whose collectives fail
+or time out, and end with what was saved last.
 """
 
 from __future__ import annotations
