@@ -1,8 +1,8 @@
 """What saving costs the steps: their time while a checkpoint is being written against without, and how long the loop waits.
 
 `pytest --benchmark benchmarks/bench_checkpoint.py`: the trainer's own step and `Saver`, on noise, in float32. ResNet-18 of the
-CIFAR-10 recipe at batch 16 (its network, both moments of AdamW: 150 MB); and a step of milliseconds beside 256 MB of further state, as
-a larger model has. Rounds of steps without, then a save, and steps until it is written (synchronous: as many as before).
+CIFAR-10 recipe at batch 4 (its network, both moments of AdamW); and a step of milliseconds beside 256 MB of further state,
+as a larger model has. Rounds of steps without, then a save, and steps until it is written.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from falcon_fast.training import checkpoint
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 
-ROUNDS = 4
+ROUNDS = 2
 CASES = {
-    "ResNet-18, 32 px, batch 16": ("cifar10", 32, 16, 0),
+    "ResNet-18, 32 px, batch 4": ("cifar10", 32, 4, 0),
     "digits, batch 32, 256 MB more": ("digits", 16, 32, 2**26),
 }
 
@@ -49,7 +49,7 @@ def test_save(table, tmp_path, case, asynchronous) -> None:
     during: list[float] = []
     waits: list[float] = []
     written: list[float] = []
-    few = 10 if more == 0 else 60
+    few = 10 if more == 0 else 40
     with checkpoint.Saver(tmp_path, 1, asynchronous) as saver:
         for number in range(ROUNDS + 1):
             steps = [step() for _ in range(few)]
