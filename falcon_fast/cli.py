@@ -53,9 +53,7 @@ cli.add_command(data)
 )
 @click.option("--seed", type=int)
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
-@click.option(
-    "--strategy", metavar="NAME", help="auto (default): ddp where torchrun started several processes, else single."
-)
+@click.option("--strategy", metavar="NAME", help="ddp or fsdp under torchrun; auto (default): ddp there, else single.")
 @click.option(
     "--set",
     "settings",
@@ -137,10 +135,11 @@ def train(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
         sys.exit(130)  # of every process; torchrun makes 1 of it
+    network, _ = run.whole()
     processes.close()
     if not processes.main:
         return
-    result = runs.finish(run, directory, seconds, say=lambda line: console.print(line, soft_wrap=True))
+    result = runs.finish(run, network, directory, seconds, say=lambda line: console.print(line, soft_wrap=True))
     for table in result_tables(result):
         console.print(table)
     console.print(f"everything is in {directory}", soft_wrap=True)

@@ -29,7 +29,8 @@ SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
-STRATEGIES = ("auto", "single", "ddp")
+STRATEGIES = ("auto", "single", "ddp", "fsdp")
+PARAM_DTYPES = ("float32", "bfloat16")
 PRIOR_SCOPES = ("global", "local")
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
@@ -101,11 +102,19 @@ class TrainingConfig:
     compile: bool = False  # the network, by torch.compile
     seed: int = 0
     device: str = "auto"
-    strategy: str = "auto"  # ddp where torchrun started several processes, else single
+    strategy: str = "auto"  # ddp or fsdp; auto is ddp where torchrun started several processes, else single
     sync_batchnorm: bool = (
         True  # statistics over all processes; else each one's own share, and one all-reduce a layer less
     )
     timeout: int = 600  # seconds that a process waits for another one in a step before it gives up
+
+
+@dataclass(frozen=True)
+class FsdpConfig:
+    """What `training.strategy = "fsdp"` does; the other strategies do not look here."""
+
+    reshard_after_forward: bool = False  # free the gathered parameters between forward and backward: memory for time
+    param_dtype: str = "float32"  # that the blocks compute with; their shards, moments and reductions are float32
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -276,6 +286,7 @@ def validate(config: Config) -> Config:
         ("loss.plan", loss.plan, PLANS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),
         ("training.strategy", training.strategy, STRATEGIES),
+        ("fsdp.param_dtype", config.fsdp.param_dtype, PARAM_DTYPES),
     ):
         if value not in valid:
             raise UsageError(f"unknown {key} {value!r}: {nearest(value, valid)}")

@@ -122,6 +122,19 @@ def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
     backbone.maxpool = nn.Identity()
 
 
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks that a backbone repeats, in order: what is compiled, or gathered from its shards, at a time.
+
+    Two or more of one kind in a row, of several layers each: the stages of ResNet-8, the residual blocks of timm's ResNets, the
+    blocks of its ViTs. Blocks inside blocks do not count.
+    """
+    children = list(module.children())
+    alike = isinstance(module, nn.Sequential | nn.ModuleList) and len({type(child) for child in children}) == 1
+    if alike and len(children) > 1 and any(True for _ in children[0].children()):
+        return children
+    return [block for child in children for block in blocks_of(child)]
+
+
 class FalconNetwork(nn.Module):
     """Backbone and projector: images (N, 3, S, S) to features (N, d) and float32 embeddings (N, f)."""
 

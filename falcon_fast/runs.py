@@ -140,15 +140,20 @@ def evaluate(trained: Trained, data: str | None, say: Callable[[str], None]) -> 
     return evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
 
 
-def finish(run: Run, directory: Path, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Evaluate a trained run and leave result.json, curves.png and backbone.safetensors in `directory`; returns the result."""
+def finish(
+    run: Run, network: FalconNetwork, directory: Path, seconds: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Evaluate what a run has trained and leave result.json, curves.png and backbone.safetensors in `directory`.
+
+    network: with all its parameters, as `Run.whole` gives it.  Returns the result.
+    """
     from safetensors.torch import save_file
 
-    result = evaluate_network(run.config, run.network, run.codes, run.source, run.device, run.workers, say)
+    result = evaluate_network(run.config, network, run.codes, run.source, run.device, run.workers, say)
     images = run.total_steps * run.config.training.batch_size
     result |= {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
     plot_curves(directory / "metrics.csv", directory / "curves.png")
-    weights = {k: v.contiguous() for k, v in run.network.backbone.state_dict().items()}
+    weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
     partial = directory / ".backbone.safetensors.partial"
     metadata = {
         "model": run.config.model.name,

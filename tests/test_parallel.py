@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import load_recipe, override, validate
@@ -66,6 +67,7 @@ def trained(directory: Path, processes: Processes | None = None, resume: bool = 
 def state(run: Run) -> dict:
     tensors = {f"network.{k}": v for k, v in run.network.state_dict().items()}
     tensors |= {f"probe.{k}": v for k, v in run.probe.state_dict().items()}
+    tensors = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in tensors.items()}
     return {k: v.numpy() for k, v in tensors.items()}
 
 
@@ -82,7 +84,7 @@ def only_step_5(directory: Path, copy: Path) -> Path:
     return copy
 
 
-def exact_steps(processes: Processes, prior: str, steps: int = 5) -> tuple[list[float], dict]:
+def exact_steps(processes: Processes, prior: str, strategy: str = "ddp", steps: int = 5) -> tuple[list[float], dict]:
     """Losses and weights of some steps in float64, where nothing but a mistake can grow to 1e-9.
 
     In float32 rounding flips ReLUs, hundreds of alike background pixels at once: gradients differ by 1e-3 from the first step on.
@@ -93,6 +95,7 @@ def exact_steps(processes: Processes, prior: str, steps: int = 5) -> tuple[list[
     run.probe.double()
     projector = run.network.projector  # whose own forward makes float32 of everything
     projector.forward = lambda features: torch.tanh(projector.norm(projector.linear(features)))
+    run.processes = dataclasses.replace(processes, strategy=strategy)
     run.assemble()
     run.probe.forward = lambda features: nn.functional.linear(features.double(), run.probe.weight, run.probe.bias)
     photometric = photometric_stage(run.augmentation, "eager", False, print)
@@ -103,12 +106,19 @@ def exact_steps(processes: Processes, prior: str, steps: int = 5) -> tuple[list[
         views = photometric(batch.views, batch.parameters, mean, std).double()
         metrics = training_step(run.learner, views, batch.labels, 1.0)
         losses.append(processes.mean(metrics.loss).item())
+    if run.sharded:  # parameters in parts, their moments too
+        parts = [p.to_local().numel() for p in run.network.parameters()]
+        moments = [s["momentum_buffer"] for s in run.learner.optimizer.state.values()]
+        assert sum(parts) < 0.6 * sum(p.numel() for p in run.network.parameters())
+        assert all(type(m).__name__ == "DTensor" for m in moments)
     return losses, state(run)
 
 
 def _two_processes(rank, world, folder):
     processes = member(rank, world)
-    found = {f"exact-{prior}": exact_steps(processes, prior) for prior in PRIORS}
+    found = {
+        f"{strategy}-{prior}": exact_steps(processes, prior, strategy) for prior in PRIORS for strategy in STRATEGIES
+    }
     found["reverse"] = state(trained(folder / "two-reverse", processes))
     found["resumed"] = state(trained(folder / "one-cut", processes, resume=True))
     loose = trained(folder / "loose", processes, loss__prior_scope="local", training__sync_batchnorm=False)
@@ -129,6 +139,7 @@ def _two_processes(rank, world, folder):
 
 
 PRIORS = ("reverse", "forward")
+STRATEGIES = ("ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +171,10 @@ def assert_near(mine: dict, theirs: dict, tolerance: float = 1e-5) -> None:
 def test_two_processes_take_the_steps_of_one_with_the_whole_batch(two, prior):
     losses, weights = exact_steps(Processes(), prior)
     for found in two:
-        mine, theirs = found[f"exact-{prior}"]
-        assert mine == pytest.approx(losses, rel=1e-9)
-        assert_near(theirs, weights, 1e-9)
+        for strategy in STRATEGIES:
+            mine, theirs = found[f"{strategy}-{prior}"]
+            assert mine == pytest.approx(losses, rel=1e-9)
+            assert_near(theirs, weights, 1e-9)
     assert abs(losses[0] / losses[-1] - 1) > 0.1  # something was learnt
 
 

@@ -1,6 +1,8 @@
-"""The network over several processes: gradients averaged, statistics of BatchNorm alike.
+"""The network over several processes: gradients averaged, parameters copied (DDP) or sharded (FSDP2), statistics alike.
 
-With BatchNorm synchronised and the prior global, a step of W processes is the step of one process with the whole batch.
+With BatchNorm synchronised and the prior global, a step of W processes is the step of one process with the whole batch, by
+either strategy. DDP is the default: it communicates less, and networks of this size fit any GPU together with their
+moments. FSDP2 keeps 1 / W of the parameters, gradients and moments in each process between their uses.
 """
 
 from __future__ import annotations
@@ -10,9 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from falcon_fast.config import FsdpConfig
+from falcon_fast.models import FalconNetwork, blocks_of
 from falcon_fast.training.processes import Processes
 
 # The option's name changed, and the old one now warns.
@@ -30,6 +37,52 @@ def data_parallel(module: nn.Module, processes: Processes) -> nn.Module:
         return module
     options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(module, process_group=processes.group, **options)
+
+
+def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, device: torch.device) -> None:
+    """Shard the parameters over all processes by FSDP2, in place: each block by itself, then the projector, then the rest.
+
+    Every process must hold the same parameters before: they are cut, not sent. With `param_dtype` bfloat16 the blocks compute in
+    bfloat16 from copies of their float32 shards, and gradients are reduced in float32; BatchNorm and the projector keep
+    float32 (BatchNorm mixes no other dtype with its float32 statistics). Its layers are gathered a block at a time, for an
+    all-gather each would cost more than they hold.
+    """
+    # FSDP2 refuses parameters in channels_last. Convolutions of channels_last images then copy their weights, which are small.
+    network.to(memory_format=torch.contiguous_format)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
+    low = MixedPrecisionPolicy()
+    if config.param_dtype == "bfloat16":
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def shard_unit(module: nn.Module, parts: list[nn.Module]) -> None:
+        """`module` in `low` but for its BatchNorm layers outside `parts`, which are sharded already."""
+        done = {id(layer) for part in parts for layer in part.modules()}
+        norms: list[nn.Module] = [
+            m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and id(m) not in done
+        ]
+        if low.param_dtype is not None and norms:
+            fully_shard(norms, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+        fully_shard(module, mp_policy=low, **options)
+
+    blocks = blocks_of(network.backbone)
+    for block in blocks:
+        shard_unit(block, [])
+    fully_shard(network.projector, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+    shard_unit(network, [*blocks, network.projector])
+    if probe is not None:
+        fully_shard(probe, **options)
+
+
+@torch.no_grad()
+def gather(sharded: nn.Module, plain: nn.Module) -> None:
+    """Copy all parameters and buffers of a sharded module into a plain one of the same names; every process takes part.
+
+    One parameter at a time: beyond `plain` no more than the largest of them is held.
+    """
+    targets = plain.state_dict()
+    for name, value in sharded.state_dict().items():
+        targets[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def average_buffers(module: nn.Module, processes: Processes) -> None:

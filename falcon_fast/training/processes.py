@@ -42,6 +42,7 @@ class Processes:
         group: for tensors on the devices.
         control: gloo, for what the hosts tell each other; nothing else may use it.
         timeout: seconds that a step waits for another process.
+        strategy: ddp or fsdp; alone, nothing looks at it.
     """
 
     rank: int = 0
@@ -50,6 +51,7 @@ class Processes:
     group: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     timeout: int = 600
+    strategy: str = "ddp"
 
     @property
     def main(self) -> bool:
@@ -185,7 +187,7 @@ def join(strategy: str, device: str, batch_size: int, timeout: int) -> Processes
         raise UsageError(f"process {rank} of {world_size} cannot meet the others: {_first_line(error)}") from None
     world = dist.group.WORLD
     assert world is not None and isinstance(control, dist.ProcessGroup)
-    return Processes(rank, world_size, local_rank, world, control, timeout)
+    return Processes(rank, world_size, local_rank, world, control, timeout, strategy)
 
 
 def _store() -> dist.Store:

@@ -28,7 +28,7 @@ from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiled_network
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.parallel import data_parallel
+from falcon_fast.training.parallel import data_parallel, gather, shard
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
@@ -55,6 +55,7 @@ class Run:
     notes: tuple[str, ...]
     processes: Processes = field(default_factory=Processes)
     learner: Learner = field(init=False)
+    _whole: tuple[FalconNetwork, nn.Linear | None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.assemble()
@@ -62,14 +63,43 @@ class Run:
     def assemble(self) -> None:
         """Make the learner of the network and the probe as they are now; all processes together."""
         config = self.config
-        network = compiled_network(self.network) if config.training.compile else self.network
+        network: nn.Module = self.network
+        probe: nn.Module | None = self.probe
+        if self.sharded:
+            shard(self.network, self.probe, config.fsdp, self.device)
+        else:
+            network = compiled_network(self.network) if config.training.compile else self.network
+            network = data_parallel(network, self.processes)
+            probe = None if self.probe is None else data_parallel(self.probe, self.processes)
         self.learner = Learner(
-            data_parallel(network, self.processes),
+            network,
             self.criterion,
-            None if self.probe is None else data_parallel(self.probe, self.processes),
+            probe,
             build_optimizer(config.optimizer, self.network, self.probe, config.probe.lr),
             self.amp_dtype,
         )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the parameters only."""
+        return self.processes.group is not None and self.processes.strategy == "fsdp"
+
+    def whole(self) -> tuple[FalconNetwork, nn.Linear | None]:
+        """Network and probe with all their parameters, for process 0 to evaluate; all processes together.
+
+        Sharded ones are gathered into a copy, which stays as it is while training goes on; others are the run's own.
+        """
+        if not self.sharded:
+            return self.network, self.probe
+        if self._whole is None:
+            network = build_network(self.config, self.source.size)
+            network.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._whole = network, build_probe(self.config, network, self.source, self.device)
+        network, probe = self._whole
+        gather(self.network, network)
+        if self.probe is not None and probe is not None:
+            gather(self.probe, probe)
+        return network.eval(), probe
 
     @property
     def total_steps(self) -> int:
@@ -144,11 +174,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
         memory_budget=loss.memory_budget * 2**20 or None,
     )
     frozen = frozen_start(loss.embedding_dim, loss.num_codes, config.tau, loss.activation, loss.temperature_batch)
-    probe = None
-    if source.train.labels is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            probe = nn.Linear(network.backbone.num_features, len(source.classes)).to(device)  # type: ignore[arg-type]
+    probe = build_probe(config, network, source, device)
     return {
         "config": config,
         "source": source,
@@ -169,6 +195,15 @@ def seed_process(run: Run, step: int) -> None:
     """Masks of dropout would otherwise be the same in every process, and after every change of their number."""
     if run.processes.rank:
         torch.manual_seed((run.config.training.seed + run.processes.rank) * 1_000_003 + step)
+
+
+def build_probe(config: Config, network: FalconNetwork, source: Source, device: torch.device) -> nn.Linear | None:
+    """The online linear probe at its initial weights, from `training.seed` alone; None without labels."""
+    if source.train.labels is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.training.seed)
+        return nn.Linear(network.backbone.num_features, len(source.classes)).to(device)  # type: ignore[arg-type]
 
 
 def restore(run: Run, directory: Path) -> tuple[int, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from falcon_fast.data.fused import pays, photometric_stage
 from falcon_fast.data.loader import training_batches
@@ -17,6 +18,7 @@ from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
+from falcon_fast.models import FalconNetwork
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
@@ -135,7 +137,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                 }
                 if (testing or last) and run.probe is not None:
                     average_buffers(run.network, processes)
-                    row |= _test(run) if processes.main else {}
+                    network, probe = run.whole()
+                    row |= _test(run, network, probe) if processes.main else {}
                 if metrics_file is not None:
                     metrics_file.write(row)
                     display.show(row, config.training.epochs)
@@ -190,16 +193,16 @@ def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str
     }
 
 
-def _test(run: Run) -> dict[str, Any]:
+def _test(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:
     """The online probe and the clustering of the codes on the test split, in evaluation mode."""
     bad: dict[int, str] = {}  # reported when the run ends, by the evaluation
     seen = extract_assigned(
-        run.network, run.codes, run.config.tau, run.source.test, run.source, run.device, run.workers, bad
+        network, run.codes, run.config.tau, run.source.test, run.source, run.device, run.workers, bad
     )
     test = run.source.test.without(bad)
-    assert run.probe is not None and test.labels is not None
+    assert probe is not None and test.labels is not None
     with torch.inference_mode():
-        predicted = run.probe(torch.from_numpy(seen.features).to(run.device)).argmax(1).cpu().numpy()
+        predicted = probe(torch.from_numpy(seen.features).to(run.device)).argmax(1).cpu().numpy()
     return {
         "probe_accuracy": float((predicted == test.labels).mean()),
         "nmi_codes": nmi(test.labels, seen.assignments),
