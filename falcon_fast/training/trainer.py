@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
 
     def check_finite() -> None:
         if (bad := int(processes.least(first_bad))) < NEVER:
+            with suppress(TrainingError):
+                saver.wait()  # for what is said to be kept
             error = TrainingError(f"the loss is not finite at step {bad}: training stopped; {kept()}")
             error.agreed = True  # type: ignore[attr-defined]
             raise error
