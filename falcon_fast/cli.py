@@ -134,7 +134,9 @@ def train(
         seconds = train_run(run, directory, console, step, seconds)
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
-        sys.exit(130)  # of every process; torchrun makes 1 of it
+        stop = SystemExit(130)  # of every process; torchrun makes 1 of it
+        stop.agreed = True  # type: ignore[attr-defined]
+        raise stop from None
     network, _ = run.whole()
     processes.close()
     if not processes.main:
@@ -261,9 +263,16 @@ def main() -> None:
     """The console script: UsageError is one line and exit code 2; what stops a run, one line and exit code 1."""
     try:
         cli()
+    except SystemExit as stop:
+        if getattr(stop, "agreed", False):
+            from falcon_fast.training.processes import leave
+
+            leave(stop)
+        raise
     except (UsageError, TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
-        from falcon_fast.training.processes import speaks
+        from falcon_fast.training.processes import leave, speaks
 
         if speaks(error):
             click.echo(f"error: {error}", err=True)
+        leave(error)
         sys.exit(2 if isinstance(error, UsageError) else 1)

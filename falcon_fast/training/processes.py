@@ -13,7 +13,9 @@ or time out, and end with what was saved last.
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +124,22 @@ class Processes:
 
 def _message(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def leave(error: BaseException) -> None:
+    """Before the process ends by an `error` that all share: leave the group. For one of its own, others may not answer any more.
+
+    And let go of it: what holds a group until the interpreter's end, as the frames of the error's traceback do, has gloo's
+    threads destroyed as they run ("terminate called without an active exception"): exit code 134, in 5 of 36 processes.
+    """
+    if not getattr(error, "agreed", False) or not (dist.is_available() and dist.is_initialized()):
+        return
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__context__
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def launched() -> bool:

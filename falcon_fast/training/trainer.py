@@ -150,6 +150,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                 save(step)
             if stopping:
                 saver.wait()
+                agreed.finish()
                 raise KeyboardInterrupt
             if last:
                 agreed.finish()
