@@ -48,6 +48,12 @@ cli.add_command(data)
 @click.option("--temperature-batch", type=int, help="The n of the temperature: smaller is softer.")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default runs/<recipe>-<time>.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
+@click.option(
+    "--continue",
+    "continuing",
+    is_flag=True,
+    help="Continue the run in --run-dir if it has begun, else begin it: for jobs that are started again.",
+)
 @click.option("--seed", type=int)
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
 @click.option("--strategy", metavar="NAME", help="ddp or fsdp under torchrun; auto (default): ddp there, else single.")
@@ -59,7 +65,12 @@ cli.add_command(data)
     help="Any other setting, as in config.toml (optimizer.ema_decay=0.999, optimizer.clip_norm=1); repeatable.",
 )
 def train(
-    recipe: str | None, run_dir: Path | None, resume: Path | None, settings: tuple[str, ...], **options: Any
+    recipe: str | None,
+    run_dir: Path | None,
+    resume: Path | None,
+    continuing: bool,
+    settings: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Train, then evaluate: linear probe, kNN, clustering, and the four collapse checks."""
     from rich.console import Console
@@ -81,6 +92,8 @@ def train(
 
     if overrides.get("training.amp") is False and overrides.get("training.precision") in ("bf16", "fp16"):
         raise UsageError(f"--no-amp is no autocast, --precision says {overrides['training.precision']}: leave one out")
+    if continuing and (resume is not None or run_dir is None):
+        raise UsageError("--continue goes with --run-dir RUN, and without --resume")
     if resume is not None:
         extra = sorted(set(overrides) - CHANGEABLE)
         if extra or recipe or run_dir:
@@ -102,11 +115,23 @@ def train(
     processes = join(training.strategy, training.device, training.batch_size, training.timeout)
     directory = processes.from_main(directory)  # its name may hold the time
     console = Console(highlight=False, markup=False, quiet=not processes.main)
+    begun = resume is not None
+    if continuing:
+        with processes.together():
+            state = runs.state_of(directory, config, CHANGEABLE) if processes.main else ""
+        state = processes.from_main(state)
+        if state == "finished":
+            console.print(f"{directory} is finished: its figures are in {directory / 'result.json'}", soft_wrap=True)
+            processes.close()
+            return
+        begun = state == "begun"
     run = prepare(config, processes)
+    step, seconds = restore(run, directory) if begun else (0, 0.0)
     with processes.together():
-        step, seconds = (0, 0.0) if resume is None else restore(run, directory)
-        if resume is None and processes.main:
-            runs.create_run_directory(directory, run.config)
+        if processes.main and begun:
+            runs.remove_partials(directory)
+        elif processes.main:
+            runs.create_run_directory(directory, run.config, again=continuing)
     for note in run.notes:
         console.print(note, soft_wrap=True)
     console.print(describe(run, directory, step), soft_wrap=True)
@@ -114,7 +139,9 @@ def train(
         seconds = train_run(run, directory, console, step, seconds)
     except KeyboardInterrupt:
         console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
-        sys.exit(130)
+        stop = SystemExit(130)  # of every process; torchrun makes 1 of it
+        stop.agreed = True  # type: ignore[attr-defined]
+        raise stop from None
     if run.learner.average is not None:  # training is over: the average is what is judged and kept
         run.learner.average.swap(run.network)
     network, _ = run.whole()
@@ -248,9 +275,16 @@ def main() -> None:
     """The console script: UsageError is one line and exit code 2; what stops a run, one line and exit code 1."""
     try:
         cli()
+    except SystemExit as stop:
+        if getattr(stop, "agreed", False):
+            from falcon_fast.training.processes import leave
+
+            leave(stop)
+        raise
     except (UsageError, TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
-        from falcon_fast.training.processes import speaks
+        from falcon_fast.training.processes import leave, speaks
 
         if speaks(error):
             click.echo(f"error: {error}", err=True)
+        leave(error)
         sys.exit(2 if isinstance(error, UsageError) else 1)

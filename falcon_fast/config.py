@@ -133,6 +133,7 @@ class LogConfig:
 class CheckpointConfig:
     every_steps: int = 0  # 0: at the end of each epoch
     keep: int = 2  # how many of the newest stay
+    asynchronous: bool = True  # written beside the next steps, from a copy in the host's memory
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,55 @@ from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.run import Run
 
 
-def create_run_directory(path: Path, config: Config) -> None:
-    """Make an empty run directory and put config.toml there. Raises UsageError when it has contents or cannot be written."""
+def create_run_directory(path: Path, config: Config, again: bool = False) -> None:
+    """Make an empty run directory and put config.toml there; `again`, also where a run died before its first checkpoint.
+
+    Raises:
+        UsageError: the directory has contents of its own, or cannot be written.
+    """
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not again and path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"run directory {path} is not empty: choose another, or continue it with --resume {path}")
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        remove_partials(path)
+        partial = path / ".config.toml.partial"
+        partial.write_text(dump_config(config), encoding="utf-8")
+        partial.replace(path / "config.toml")
     except OSError as error:
         raise UsageError(f"run directory {path} cannot be written: {error.strerror}") from None
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what a killed process left half-written in a run directory."""
+    for left in path.glob(".*.partial"):
+        left.unlink()
+
+
+def state_of(path: Path, config: Config, changeable: Collection[str]) -> str:
+    """Where a run of `config` in `path` stands: "new", "begun" (there is a checkpoint) or "finished".
+
+    Raises:
+        UsageError: the directory holds something else, or a run whose settings differ otherwise than in `changeable`.
+    """
+    if not (path / "config.toml").exists():
+        if path.exists() and (not path.is_dir() or any(not p.name.endswith(".partial") for p in path.iterdir())):
+            raise UsageError(f"{path} holds something else than a run: choose another --run-dir")
+        return "new"
+    theirs = dataclasses.asdict(load_config(path / "config.toml"))
+    mine = dataclasses.asdict(config)
+    if not mine["data"]["size"]:  # theirs is what the source said
+        mine["data"]["size"] = theirs["data"]["size"]
+    if mine.pop("recipe") != (recipe := theirs.pop("recipe")):
+        raise UsageError(f"{path} holds a run of recipe {recipe}, not {config.recipe}: choose another --run-dir")
+    for section, settings in theirs.items():
+        for key, value in settings.items():
+            if (name := f"{section}.{key}") not in changeable and mine[section][key] != value:
+                raise UsageError(
+                    f"{path} holds a run whose {name} is {value!r}, not {mine[section][key]!r}: choose another --run-dir"
+                )
+    if (path / "result.json").exists():
+        return "finished"
+    return "begun" if checkpoint.complete(path / "checkpoints") else "new"
 
 
 @dataclass(frozen=True)

@@ -181,8 +181,8 @@ def test_help_names_every_option(falcon_fast):
     code, out, _ = falcon_fast("train", "--help")
     assert code == 0
     for option in ("--recipe", "--data", "--epochs", "--batch-size", "--amp / --no-amp", "--precision",
-                   "--accumulate", "--optimizer", "--codes", "--num-codes",
-                   "--embedding-dim", "--temperature-batch", "--run-dir", "--resume", "--seed", "--device", "--set"):  # fmt: skip
+                   "--accumulate", "--optimizer", "--codes", "--num-codes", "--embedding-dim", "--temperature-batch",
+                   "--run-dir", "--resume", "--continue", "--seed", "--device", "--set"):  # fmt: skip
         assert option in out
 
 
@@ -216,6 +216,8 @@ BAD = {
     "resume nothing": (["--resume", "nowhere"], "no such run"),
     "resume no run": (["--resume", "empty"], "config.toml"),
     "resume with changes": (["--resume", "empty", "--epochs", "3"], "cannot change"),
+    "continue what": (["--continue"], "--continue goes with --run-dir"),
+    "continue no run": (["--continue", "--run-dir", "occupied"], "something else than a run"),
     "occupied run directory": (["--run-dir", "occupied"], "not empty"),
     "run directory is a file": (["--run-dir", "occupied/file.txt"], "not empty"),
     "unwritable run directory": (["--run-dir", "/proc/run"], "cannot be written"),
@@ -268,6 +270,49 @@ def test_resume_of_a_finished_run_only_evaluates(finished, tmp_path, falcon_fast
     code, _, err = falcon_fast("train", "--resume", copied)
     assert code == 0, err
     assert (copied / "metrics.csv").read_text() == (Path(finished[0]) / "metrics.csv").read_text()
+
+
+def test_continue_of_a_finished_run_says_so(finished, falcon_fast):
+    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob("*")}
+    code, out, err = falcon_fast("train", *TINY, "--continue", "--run-dir", finished[0])
+    assert code == 0 and "is finished" in out, err
+    assert {p: p.stat().st_mtime_ns for p in finished[0].rglob("*")} == before
+
+
+def test_continue_of_another_run_names_the_difference(finished, falcon_fast):
+    for change, difference in (
+        (["--seed", 3], "training.seed is 0, not 3"),
+        (["--set", "optimizer.name=sgd"], "optimizer.name is 'adamw', not 'sgd'"),
+        (["--recipe", "cifar10"], "recipe digits, not cifar10"),
+    ):
+        code, _, err = falcon_fast("train", *TINY, *change, "--continue", "--run-dir", finished[0])
+        assert code == 2 and difference in err and len(err.strip().splitlines()) == 1
+
+
+def test_continue_goes_on_or_starts_over(finished, tmp_path, falcon_fast):
+    """A checkpoint but no result: it goes on. A configuration alone, of a run that died early: it starts over."""
+    import shutil
+
+    died = tmp_path / "died"
+    shutil.copytree(finished[0], died)
+    (died / "result.json").unlink()
+    (died / ".result.json.77.partial").write_text("{")
+    (died / "checkpoints" / ".step-00000099.host-77.partial").mkdir()
+    code, out, err = falcon_fast("train", *TINY, "--continue", "--run-dir", died)
+    assert code == 0 and "from step" in out, err
+    assert (died / "metrics.csv").read_text() == (Path(finished[0]) / "metrics.csv").read_text()
+    assert not list(died.rglob(".*.partial"))
+
+    early = tmp_path / "early"
+    (early / "checkpoints" / "step-00000001").mkdir(parents=True)  # not complete
+    shutil.copy(finished[0] / "config.toml", early)
+    (early / "metrics.csv").write_text("step\n1\n")
+    code, out, err = falcon_fast("train", *TINY, "--continue", "--run-dir", early)
+    assert code == 0 and "from step" not in out, err
+    untimed = [
+        [row.split(",")[:11] for row in (d / "metrics.csv").read_text().splitlines()] for d in (early, finished[0])
+    ]
+    assert untimed[0] == untimed[1]
 
 
 def test_importing_the_package_is_light():

@@ -165,6 +165,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatc
         ({"training__seed": 1}, "seed"),
         ({"loss__temperature_batch": 16}, "temperature"),
         ({"loss__num_codes": 128}, "codes"),
+        ({"optimizer__name": "adam"}, "optimizer"),
+        ({"training__amp": True}, "precision"),
+        ({"loss__activation": "l2"}, "model"),
     ],
 )
 def test_resuming_with_something_else_is_refused(whole, changes, what):

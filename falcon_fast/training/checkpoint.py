@@ -1,82 +1,41 @@
-"""Checkpoints: torch.distributed.checkpoint directories, written whole or not at all, read as data only.
+"""Checkpoints: torch.distributed.checkpoint directories, written whole or not at all, read as data only (storage.py).
 
 `checkpoints/step-00000600/` holds DCP's files, tensors only (network, optimiser, online probe, random state), and `run.json`, the
-facts that a resume must agree with. It is written under a temporary name beside its place and renamed when complete, so
-that a directory of that name is a complete checkpoint whenever the process dies.
-
-DCP's own reader unpickles `.metadata` and any non-tensor entry. Here `.metadata` goes through an unpickler that knows DCP's own
-record types and nothing else, and non-tensor entries are refused: a checkpoint from elsewhere runs no code.
+facts that a resume must agree with. Every process writes its share, of what all have alike each a part, into one
+directory under a temporary name beside its place; process 0 renames it when all are done. So a directory of that name is a
+complete checkpoint whenever a process dies, and any number of processes reads it, each what it needs.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
+import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path, PurePath
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.training.processes import Processes
+from falcon_fast.training.storage import Reader, Writer
 
 FORMAT = 1  # raised when an older reader would misread
 PREFIX = "step-"
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == dcp_metadata.__name__ and isinstance(found := getattr(dcp_metadata, name, None), type):
-            return found
-        if (module, name) == (_StorageInfo.__module__, "_StorageInfo"):
-            return _StorageInfo
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype | torch.layout)):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return getattr(torch.serialization, name)
-        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):  # where it was written
-            return PurePath
-        if (module, name) == ("builtins", "getattr"):  # Python 3.11.0 to 3.11.3 pickle a member of an enumeration so
-            return _member
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-def _member(enumeration: Any, name: str) -> Any:
-    if enumeration is not dcp_metadata._MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"{enumeration}.{name} has no place in a checkpoint")
-    return dcp_metadata._MEM_FORMAT_ENCODING[name]
-
-
-class _Reader(FileSystemReader):
-    def stored(self) -> dict[str, dcp_metadata.TensorStorageMetadata]:
-        """What the checkpoint holds: shapes and dtypes by name."""
-        return self.read_metadata().state_dict_metadata  # type: ignore[return-value]  # refused there if not tensors
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            found = _MetadataUnpickler(file).load()
-        for key, entry in found.state_dict_metadata.items():
-            if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
-                raise UsageError(f"checkpoint {self.path}: entry {key!r} is not a tensor; refusing to unpickle it")
-        found.storage_meta = found.storage_meta or dcp_metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """Without DCP's warning that there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process")
-        yield
+SHARED_WITHIN = 60.0  # seconds: NFS may show another machine's new file as late as that (acdirmax)
+ALONE = ".*assuming the intent is to .* in a single process"  # DCP's warning that there is no process group
 
 
 def collect(
@@ -84,18 +43,18 @@ def collect(
     probe: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     extra: Mapping[str, torch.Tensor] | None = None,
+    rank: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that a resume needs, by name: `network.*`, `probe.*`, `optimizer.<parameter>.<moment>`, `random.*` and
-    `extra`."""
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
+    """Every tensor that a resume needs, by name: `network.*`, `probe.*`, `optimizer.<parameter>.<moment>`, `random.*`, `extra`.
+
+    Tensors are whole or DTensors. The random state is that of process `rank`, under a name of its own.
+    """
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     if probe is not None:
         tensors |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
     for name, parameter in _parameters(network, probe).items():
         tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state[parameter].items() if torch.is_tensor(v)}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return tensors
+    return tensors | _random_states(rank) | dict(extra or {})
 
 
 def _parameters(network: nn.Module, probe: nn.Module | None) -> dict[str, nn.Parameter]:
@@ -103,28 +62,142 @@ def _parameters(network: nn.Module, probe: nn.Module | None) -> dict[str, nn.Par
     return {f"{prefix}.{k}": v for prefix, module in modules.items() for k, v in module.named_parameters()}
 
 
-def save(directory: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], keep: int) -> Path:
-    """Write checkpoint `step` under `directory` and remove all but the newest `keep`. Returns its path.
+def _random_states(rank: int) -> dict[str, torch.Tensor]:
+    process = f".{rank}" if rank else ""
+    states = {f"random.cpu{process}": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states[f"random.cuda{process}"] = torch.cuda.get_rng_state()
+    return states
+
+
+class Saver:
+    """Writes the checkpoints of a run under `directory`, the newest `keep` of which stay. A context; all processes together.
+
+    Asynchronous, `save` returns when the tensors are copied to the host's memory, which is kept for the next ones
+    (pinned where there is CUDA); DCP writes them in a thread. One at most is under way: the next `save` waits for it. What goes
+    wrong there is raised by the next `save`, `wait` or the end of the context, in all processes.
+
+    The processes talk over a gloo group of their own: on the one that training uses, the thread's messages and the steps' mix,
+    and gloo aborts the process ("op.preamble.length <= op.nbytes").
 
     Raises:
-        OSError: the disk is full or read-only; nothing half-written stays.
+        UsageError: a process does not see the directory that process 0 made.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"{PREFIX}{step:08d}"
-    temporary = directory / f".{final.name}.{os.getpid()}.partial"
-    try:
-        with _single_process():
-            dcp.save(dict(tensors), checkpoint_id=str(temporary), no_dist=True)
+
+    def __init__(
+        self, directory: Path, keep: int, asynchronous: bool = False, processes: Processes | None = None
+    ) -> None:
+        self._directory, self._keep, self._asynchronous = directory, keep, asynchronous
+        self._processes = processes = processes or Processes()
+        self._token = processes.from_main(f"{socket.gethostname()}-{os.getpid()}")
+        self._pending: tuple[Future[Any], Path] | None = None
+        self._group: dist.ProcessGroup | None = None
+        with processes.together():
+            if processes.main:
+                directory.mkdir(parents=True, exist_ok=True)
+                for left in directory.glob(f".{PREFIX}*.partial"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+        if processes.group is None:
+            warnings.filterwarnings("ignore", message=ALONE)
+        else:
+            self._check_shared()
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(cuda, False, False, cuda)
+        )  # pinned, shared, in a thread, non-blocking
+
+    def _check_shared(self) -> None:
+        marker, main = self._directory / f".{self._token}", self._processes.main
+        with self._processes.together():
+            if main:
+                marker.touch()
+        with self._processes.together():
+            end = time.monotonic() + SHARED_WITHIN
+            while not main and not marker.exists():
+                if time.monotonic() > end:
+                    raise UsageError(
+                        f"cannot see {self._directory} as process 0 made it: put --run-dir on a file system that all "
+                        "machines share"
+                    )
+                time.sleep(0.1)
+        if main:
+            marker.unlink()
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Write checkpoint `step`, when the one before is written. The tensors may change as soon as this returns.
+
+        Raises:
+            TrainingError: it, or the one before, cannot be written; nothing half-written stays.
+        """
+        self.wait()
+        final = self._directory / f"{PREFIX}{step:08d}"
+        temporary = self._partial(final)
         text = json.dumps({"format": FORMAT, "step": step, **facts}, indent=1)
-        (temporary / "run.json").write_text(text, encoding="utf-8")
+        options: dict[str, Any] = {
+            "storage_writer": Writer(temporary, lambda: self._publish(temporary, final, text)),
+            "process_group": self._group,
+            "no_dist": self._group is None,
+        }
+        if self._asynchronous:
+            self._pending = dcp.async_save(dict(tensors), async_stager=self._stager, **options), final  # type: ignore[assignment]
+            return
+        with self._failure(final):
+            dcp.save(dict(tensors), **options)
+
+    def wait(self) -> None:
+        """Until nothing is under way. Raises what `save` does."""
+        if self._pending is not None:
+            (future, final), self._pending = self._pending, None
+            with self._failure(final):
+                future.result()
+
+    def _partial(self, final: Path) -> Path:
+        return final.with_name(f".{final.name}.{self._token}.partial")
+
+    def _publish(self, temporary: Path, final: Path, text: str) -> None:
+        """In process 0, when all is written: run.json, the name, and no more than `keep`."""
+        with (temporary / "run.json").open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in complete(directory)[:-keep]:
-        shutil.rmtree(old)
-    return final
+        for old in complete(self._directory)[: -self._keep]:
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        """Under another name, so that a process killed meanwhile leaves nothing that looks like a checkpoint."""
+        doomed = path.with_name(f".{path.name}.old.{self._token}.partial")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    @contextmanager
+    def _failure(self, final: Path) -> Iterator[None]:
+        try:
+            yield
+        except dcp.CheckpointException as error:  # a BaseException; the same one in every process
+            rank, (cause, _) = min(error.failures.items())
+            who = f"process {rank}: " if self._group is not None else ""
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            raised = TrainingError(f"checkpoint {final} was not written ({who}{reason})")
+            raised.agreed = self._group is not None  # type: ignore[attr-defined]
+            raise raised from None
+        finally:  # after success it has another name
+            if self._processes.main:
+                shutil.rmtree(self._partial(final), ignore_errors=True)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Waits for what is under way, whatever ended the context: an error that did is the one to tell."""
+        with suppress(*(() if error is None else (Exception,))):
+            self.wait()
+        self._stager.close()
 
 
 def complete(directory: Path) -> list[Path]:
@@ -161,33 +234,30 @@ def load(
     probe: nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     extra: Mapping[str, torch.Tensor] | None = None,
+    rank: int = 0,
 ) -> None:
     """Restore the modules, the optimiser, the random state and the tensors `extra` from checkpoint `path`, in place.
 
-    Evaluation leaves out probe and optimiser, and the random state then stays as it is.
+    Each process calls it by itself and reads what it has: its shards of DTensors, all of other tensors. Evaluation leaves out
+    probe and optimiser, and the random state then stays as it is; so it does in a process that the saved run had not.
 
     Raises:
         UsageError: the checkpoint is damaged, or belongs to another network.
     """
-    reader = _Reader(str(path))
+    reader = Reader(str(path))
     try:
         stored = reader.stored()
         targets = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
         if probe is not None:
             targets |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
         moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+        states: dict[str, torch.Tensor] = {}
         if optimizer is not None:
+            moments = _empty_moments(_parameters(network, probe), optimizer, stored)
             for name, parameter in _parameters(network, probe).items():
-                prefix = f"optimizer.{name}."
-                moments[parameter] = {
-                    key.removeprefix(prefix): _empty_like(parameter, entry)
-                    for key, entry in stored.items()
-                    if key.startswith(prefix)
-                }
-                targets |= {prefix + k: v for k, v in moments[parameter].items()}
-            targets["random.cpu"] = torch.get_rng_state()
-            if torch.cuda.is_initialized() and "random.cuda" in stored:
-                targets["random.cuda"] = torch.cuda.get_rng_state()
+                targets |= {f"optimizer.{name}.{k}": v for k, v in moments[parameter].items()}
+            states = {k: v for k, v in _random_states(rank).items() if k in stored}
+        targets |= states
         for key, target in targets.items():
             if key not in stored:
                 raise UsageError(f"checkpoint {path} has no {key}: it belongs to another network")
@@ -195,7 +265,8 @@ def load(
                 raise UsageError(
                     f"checkpoint {path}: {key} has shape {tuple(stored[key].size)}, the network {tuple(target.shape)}"
                 )
-        with _single_process():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=ALONE)
             dcp.load(targets, storage_reader=reader, no_dist=True)
     except UsageError:
         raise
@@ -206,13 +277,30 @@ def load(
         for parameter, state in moments.items():
             if state:
                 optimizer.state[parameter] = state
-        torch.set_rng_state(targets["random.cpu"])
-        if "random.cuda" in targets:
-            torch.cuda.set_rng_state(targets["random.cuda"])
+        for key, value in states.items():
+            (torch.cuda.set_rng_state if key.startswith("random.cuda") else torch.set_rng_state)(value)
 
 
-def _empty_like(parameter: nn.Parameter, entry: dcp_metadata.TensorStorageMetadata) -> torch.Tensor:
-    """Where a stored moment goes: shaped and laid out like its parameter, or as stored (Adam's step counter)."""
-    if entry.size == parameter.shape:
-        return torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
-    return torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+def _empty_moments(
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stored: Mapping[str, TensorStorageMetadata],
+) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    """Where the stored moments go: shaped, laid out and sharded like their parameter, or as stored (Adam's step counter, which
+    stays on the host unless the optimiser is fused or captured).
+    """
+    on_device = {p for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
+    moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    for name, parameter in parameters.items():
+        state = moments[parameter] = {}
+        prefix = f"optimizer.{name}."
+        for key, entry in stored.items():
+            if not key.startswith(prefix):
+                continue
+            dtype = entry.properties.dtype
+            if entry.size == parameter.shape:
+                state[key.removeprefix(prefix)] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                device = parameter.device if parameter in on_device else "cpu"
+                state[key.removeprefix(prefix)] = torch.zeros(entry.size, dtype=dtype, device=device)
+    return moments

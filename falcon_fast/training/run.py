@@ -36,7 +36,8 @@ from falcon_fast.training.precision import Precision, choose_precision
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
-LATER_FACTS = ("seed", "global batch", "augmentation", "view size")  # the first checkpoints do not have them
+# The first checkpoints do not have them.
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision")
 
 
 @dataclass
@@ -140,10 +141,13 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside config.toml, and is resumed against: data, dictionary, temperature, normalisation."""
+        """What a checkpoint holds beside config.toml, and is resumed against: what learns, and from what."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
-        training = self.config.training
+        training, model, loss = self.config.training, self.config.model, self.config.loss
         return {
+            "model": f"{model.name}, width {model.width}, stem {model.stem}, {loss.activation} to f = {loss.embedding_dim}",
+            "optimizer": self.config.optimizer.name,
+            "precision": "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch."),
             "data": self.source.fingerprint,
             "seed": training.seed,
             "global batch": training.batch_size,
@@ -234,6 +238,12 @@ def _check_accumulation(training: TrainingConfig, processes: Processes) -> tuple
     )
 
 
+def seed_process(run: Run, step: int) -> None:
+    """Masks of dropout would otherwise be the same in every process, and after every change of their number."""
+    if run.processes.rank:
+        torch.manual_seed((run.config.training.seed + run.processes.rank) * 1_000_003 + step)
+
+
 def build_probe(config: Config, network: FalconNetwork, source: Source, device: torch.device) -> nn.Linear | None:
     """The online linear probe at its initial weights, from `training.seed` alone; None without labels."""
     if source.train.labels is None:
@@ -244,17 +254,25 @@ def build_probe(config: Config, network: FalconNetwork, source: Source, device: 
 
 
 def restore(run: Run, directory: Path) -> tuple[int, float]:
-    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took.
+    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took. All processes together.
 
     Raises:
         UsageError: no complete checkpoint, or one made with other data, codes or temperature.
     """
-    path = checkpoint.latest(directory)
-    facts = checkpoint.read_facts(path)
-    for key, value in run.facts.items():
-        if key not in facts and key in LATER_FACTS:
-            continue
-        if facts.get(key) != value:
-            raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
-    checkpoint.load(path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state())
+    processes, path = run.processes, directory
+    with processes.together():
+        if processes.main:
+            path = checkpoint.latest(directory)
+    path = processes.from_main(path)  # a file system may not show all processes the same at once
+    with processes.together():
+        facts = checkpoint.read_facts(path)
+        for key, value in run.facts.items():
+            if key not in facts and key in LATER_FACTS:
+                continue
+            if facts.get(key) != value:
+                raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
+        seed_process(run, int(facts["step"]))
+        checkpoint.load(
+            path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state(), rank=processes.rank
+        )
     return int(facts["step"]), float(facts["seconds"])

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests: the step ends, the state is saved, and all processes stop after the same step."""
+"""SIGINT, SIGTERM and SIGUSR1 as requests: the step ends, the state is saved, and all processes stop after the same step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# SIGUSR1: what batch systems are asked to send some time before the end.
+REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGINT and SIGTERM only ask: the yielded function says whether one came. A second one acts at once."""
+    """Inside, the signals only ask: the yielded function says whether one came. After any of them, SIGINT acts at once.
+
+    The others may come again: a batch system signals a process directly and through torchrun, and again when its patience
+    ends, while the state is being saved.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield lambda: False
         return
@@ -19,10 +26,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     def request(number: int, frame: object) -> None:
         nonlocal requested
         requested = True
-        for each, previous in before.items():
-            signal.signal(each, previous)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in REQUESTS}
     for number in before:
         signal.signal(number, request)
     try:

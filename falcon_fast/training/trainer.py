@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
 from falcon_fast.training.optimizer import learning_rate
 from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
-from falcon_fast.training.run import Run
+from falcon_fast.training.run import Run, seed_process
 from falcon_fast.training.signals import stop_requests
 from falcon_fast.training.step import StepMetrics, training_step
 
@@ -34,10 +34,10 @@ NEVER = 2**62  # a step that does not come
 def train(run: Run, directory: Path, console: Console, start_step: int = 0, seconds_before: float = 0.0) -> float:
     """The loop: steps `start_step` to the end, logged and checkpointed under `directory`. Returns the seconds of training.
 
-    Of several processes, process 0 alone logs, tests and saves; the others wait at the next step's collectives.
+    Of several processes, process 0 alone logs and tests; the others wait at the next step's collectives. Each saves its share.
 
     Raises:
-        TrainingError: a loss is not finite, or another process is gone; the last good checkpoint stays.
+        TrainingError: a loss is not finite, a checkpoint cannot be written, or another process is gone; the last good one stays.
         KeyboardInterrupt: SIGINT or SIGTERM came to any process; the state was saved first.
     """
     config, processes, total, per_epoch = run.config, run.processes, run.total_steps, run.clock.steps_per_epoch
@@ -58,9 +58,9 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     )
     quarantine = _quarantine(run, directory, say)
     metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step) if processes.main else None
-    # Masks of dropout would otherwise be the same in every process; process 0 keeps the state that is saved.
-    if processes.rank:
-        torch.manual_seed((config.training.seed + processes.rank) * 1_000_003 + start_step)
+    if start_step == 0:
+        seed_process(run, 0)
+    saver = checkpoint.Saver(checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, processes)
     steps = range(start_step, total)
     batches = training_batches(
         run.loader,
@@ -86,9 +86,10 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     def save(step: int) -> None:
         run.average_buffers()
         share_bad(quarantine, processes)
-        if processes.main:
-            tensors = checkpoint.collect(run.network, run.probe, run.learner.optimizer, run.learner.extra_state())
-            checkpoint.save(checkpoints, step, tensors, {**run.facts, "seconds": elapsed()}, config.checkpoint.keep)
+        tensors = checkpoint.collect(
+            run.network, run.probe, run.learner.optimizer, run.learner.extra_state(), rank=processes.rank
+        )
+        saver.save(step, tensors, {**run.facts, "seconds": elapsed()})
 
     def kept() -> str:
         found = checkpoint.complete(checkpoints)
@@ -96,6 +97,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
 
     def check_finite() -> None:
         if (bad := int(processes.least(first_bad))) < NEVER:
+            with suppress(TrainingError):
+                saver.wait()  # for what is said to be kept
             error = TrainingError(f"the loss is not finite at step {bad}: training stopped; {kept()}")
             error.agreed = True  # type: ignore[attr-defined]
             raise error
@@ -106,6 +109,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         run.precision.switches(),
         lost_peers(processes, kept),
         closing(batches),
+        saver,
         metrics_file or nullcontext(),
         stop_requests() as stop_requested,
         display,
@@ -149,6 +153,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                 check_finite()
                 save(step)
             if stopping:
+                saver.wait()
+                agreed.finish()
                 raise KeyboardInterrupt
             if last:
                 agreed.finish()
