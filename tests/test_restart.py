@@ -76,7 +76,7 @@ def _member(rank: int, world: int, port: int, arguments: list[str], log: str) ->
     from falcon_fast import cli, runs
 
     # The evaluation at the end is not what is tested, and takes longer than the run.
-    runs.finish = lambda run, directory, seconds, say: runs.write_json(directory / "result.json", {}) or {}  # type: ignore
+    runs.finish = lambda run, network, directory, seconds, say: runs.write_json(directory / "result.json", {}) or {}  # type: ignore
     import falcon_fast.evaluation.report as report
 
     report.result_tables = lambda result: []
