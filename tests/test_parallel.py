@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from falcon_fast.batchnorm import per_view_batchnorm
@@ -32,7 +34,7 @@ from falcon_fast.training.processes import Processes, StopAgreement, join, lost_
 from falcon_fast.training.run import Run, _build, prepare, restore
 from falcon_fast.training.step import training_step
 
-from .processes import in_processes
+from .processes import exact_run, in_processes
 
 SETTINGS = {
     "model.width": 4,
@@ -85,19 +87,10 @@ def only_step_5(directory: Path, copy: Path) -> Path:
 
 
 def exact_steps(processes: Processes, prior: str, strategy: str = "ddp", steps: int = 5) -> tuple[list[float], dict]:
-    """Losses and weights of some steps in float64, where nothing but a mistake can grow to 1e-9.
-
-    In float32 rounding flips ReLUs, hundreds of alike background pixels at once: gradients differ by 1e-3 from the first step on.
-    """
-    settings = SETTINGS | {"loss.prior": prior, "optimizer.name": "sgd", "optimizer.lr": 0.05}
-    run = prepare(validate(override(load_recipe("digits"), settings)), processes)
-    run.network.double()
-    run.probe.double()
-    projector = run.network.projector  # whose own forward makes float32 of everything
-    projector.forward = lambda features: torch.tanh(projector.norm(projector.linear(features)))
-    run.processes = dataclasses.replace(processes, strategy=strategy)
-    run.assemble()
-    run.probe.forward = lambda features: nn.functional.linear(features.double(), run.probe.weight, run.probe.bias)
+    """Losses and weights of some steps in float64."""
+    run = exact_run(
+        SETTINGS | {"loss.prior": prior, "optimizer.name": "sgd", "optimizer.lr": 0.05}, processes, strategy
+    )
     photometric = photometric_stage(run.augmentation, "eager", False, print)
     mean, std = run.source.normalization(run.device)
     losses = []
@@ -114,6 +107,14 @@ def exact_steps(processes: Processes, prior: str, strategy: str = "ddp", steps: 
     return losses, state(run)
 
 
+def sharded_losses(processes: Processes, param_dtype: str, **settings) -> list[float]:
+    """Of four steps on the same noise."""
+    changes = SETTINGS | {"fsdp.param_dtype": param_dtype} | settings
+    run = prepare(validate(override(load_recipe("digits"), changes)), processes)
+    views = torch.randn(128, 3, 16, 16, generator=torch.Generator().manual_seed(processes.rank))
+    return [training_step(run.learner, views, torch.arange(64) % 10, 1.0).loss.item() for _ in range(4)]
+
+
 def _two_processes(rank, world, folder):
     processes = member(rank, world)
     found = {
@@ -123,6 +124,20 @@ def _two_processes(rank, world, folder):
     found["resumed"] = state(trained(folder / "one-cut", processes, resume=True))
     loose = trained(folder / "loose", processes, loss__prior_scope="local", training__sync_batchnorm=False)
     found["loose"] = state(loose)
+    sharding = dataclasses.replace(processes, strategy="fsdp")
+    found["sharded"] = state(trained(folder / "sharded", sharding))
+    found["resharded"] = state(trained(folder / "whole-cut", sharding, resume=True))
+    found["float32"], found["bfloat16"] = (sharded_losses(sharding, dtype) for dtype in ("float32", "bfloat16"))
+    compile_ = torch.compile
+    torch.compile = functools.partial(compile_, backend="aot_eager")
+    counters.clear()
+    found["compiled"] = sharded_losses(sharding, "float32", **{"training.compile": True})
+    found["graphs"] = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    torch.compile = compile_
+    try:
+        sharded_losses(sharding, "bfloat16", **{"training.compile": True})
+    except UsageError as refused:
+        found["refused"] = str(refused)
     # What one process alone finds wrong, all say.
     for error in (UsageError("no such thing"), OSError(28, "No space left on device")):
         try:
@@ -152,6 +167,7 @@ def one(folder):
     """The runs of a single process, and the first half of one to continue."""
     runs = {prior: trained(folder / f"one-{prior}", loss__prior=prior) for prior in PRIORS[:1]}
     only_step_5(folder / "one-reverse", folder / "one-cut")
+    only_step_5(folder / "one-reverse", folder / "whole-cut")
     return runs
 
 
@@ -200,6 +216,29 @@ def test_another_number_of_processes_continues_a_run(folder, one, two):
     two_to_one, whole = rows(folder / "two-cut"), rows(folder / "two-reverse")
     assert two_to_one[0] == pytest.approx(whole[5], rel=1e-4)
     assert [row["step"] for row in two_to_one] == list(range(6, 12))
+
+
+def test_a_sharded_run_is_that_of_copies(folder, two):
+    """Its loop tests, saves and ends as DDP's does; another strategy continues it, and it continues another's."""
+    sharded, copied = rows(folder / "sharded"), rows(folder / "two-reverse")
+    assert sharded[0] == pytest.approx(copied[0], rel=1e-4) and len(sharded) == len(copied)
+    assert abs(sharded[-1]["loss"] / copied[-1]["loss"] - 1) < 0.2
+    alone = trained(only_step_5(folder / "sharded", folder / "sharded-cut"), resume=True)
+    assert rows(folder / "sharded-cut")[0] == pytest.approx(sharded[5], rel=1e-4)
+    assert rows(folder / "whole-cut")[0] == pytest.approx(rows(folder / "one-reverse")[5], rel=1e-4)
+    saved = prepare(alone.config)
+    restore(saved, folder / "sharded")  # the last checkpoint holds what the processes ended with
+    for name, value in state(saved).items():
+        assert (value == two[0]["sharded"][name]).all() and (value == two[1]["sharded"][name]).all(), name
+
+
+def test_sharded_blocks_compute_in_bfloat16_or_compiled(two):
+    for found in two:
+        assert found["bfloat16"] != found["float32"]
+        assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
+        assert found["compiled"] == pytest.approx(found["float32"], rel=1e-4)
+        assert found["graphs"] == (4, {})  # three blocks and the projector
+        assert "leave one of them out" in found["refused"]
 
 
 def test_one_process_alone_writes(folder, two):

@@ -14,15 +14,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
 from falcon_fast.batchnorm import per_view_batchnorm
-from falcon_fast.config import OptimizerConfig, load_recipe, override, validate
+from falcon_fast.config import OptimizerConfig
 from falcon_fast.errors import UsageError
 from falcon_fast.models import FalconNetwork, ResNet8
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.processes import Processes
-from falcon_fast.training.run import prepare
 from falcon_fast.training.step import Learner, gradient, objective, training_step
 
-from .processes import in_processes
+from .processes import exact_run, in_processes
 
 
 @pytest.fixture
@@ -150,17 +149,8 @@ STRATEGIES = ("ddp", "fsdp")
 
 
 def exact(strategy: str, processes: Processes, **settings):
-    """A run in float64, where nothing but a mistake is larger than 1e-9."""
     changes = TINY | {key.replace("__", "."): value for key, value in settings.items()}
-    run = prepare(validate(override(load_recipe("digits"), changes)), processes)
-    run.network.double()
-    run.probe.double()
-    projector = run.network.projector  # whose own forward makes float32 of everything
-    projector.forward = lambda features: torch.tanh(projector.norm(projector.linear(features)))
-    run.processes = dataclasses.replace(processes, strategy=strategy)
-    run.assemble()
-    run.probe.forward = lambda features: F.linear(features.double(), run.probe.weight, run.probe.bias)
-    return run
+    return exact_run(changes, processes, strategy)
 
 
 def batch(processes: Processes, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

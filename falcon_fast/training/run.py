@@ -29,7 +29,7 @@ from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
-from falcon_fast.training.compiled import compiled_network
+from falcon_fast.training.compiled import compile_blocks, compiled_network
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.parallel import average_buffers, data_parallel, gather, shard
 from falcon_fast.training.precision import Precision, choose_precision
@@ -70,6 +70,8 @@ class Run:
         network: nn.Module = self.network
         probe: nn.Module | None = self.probe
         if self.sharded:
+            if config.training.compile:
+                compile_blocks(self.network)
             shard(self.network, self.probe, config.fsdp, self.device)
         else:
             network = compiled_network(self.network) if config.training.compile else self.network
@@ -147,7 +149,7 @@ class Run:
         return {
             "model": f"{model.name}, width {model.width}, stem {model.stem}, {loss.activation} to f = {loss.embedding_dim}",
             "optimizer": self.config.optimizer.name,
-            "precision": "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch."),
+            "precision": self.precision.name,
             "data": self.source.fingerprint,
             "seed": training.seed,
             "global batch": training.batch_size,
@@ -186,6 +188,12 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
         least = training.batch_size // averaged * 2
         raise UsageError(
             f"batch size {training.batch_size} gives BatchNorm nothing to average: use --batch-size {least} or more"
+        )
+    sharded = processes.group is not None and processes.strategy == "fsdp"
+    if sharded and training.compile and config.fsdp.param_dtype == "bfloat16" and has_batchnorm(network.backbone):
+        raise UsageError(
+            "with fsdp.param_dtype=bfloat16 BatchNorm is gathered apart in float32, inside the blocks that --compile takes "
+            "whole: leave one of them out"
         )
     per_view_batchnorm(network)
     if processes.group is not None and training.sync_batchnorm:
