@@ -25,6 +25,7 @@ from falcon_fast.data.fused import photometric_stage
 from falcon_fast.data.images import ImageArray, ImageFiles, Source, Split, header_size
 from falcon_fast.data.photometric import augment, to_tensors
 from falcon_fast.data.sampling import Clock
+from falcon_fast.training.graphed import Graphed
 
 from .conftest import interleaved
 
@@ -180,20 +181,33 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @needs_gpu
-def test_resident_on_a_gpu(table) -> None:
-    """Two augmented 32 px views, the clock included; an epoch is 98 steps."""
+@pytest.mark.parametrize("graphed", [False, True])
+def test_resident_on_a_gpu(table, graphed: bool) -> None:
+    """Two augmented 32 px views, the clock included; as the loop calls it, and as it is within a step that is a CUDA graph."""
     source, recipe, device = small_images(), AUGMENTATIONS["cifar-asymmetric"], torch.device("cuda")
     stage, (mean, std) = photometric_stage(recipe, "compiled", True), source.normalization(device)
-    batches = batches_of("resident", source, recipe, 512, device)
-    steps = 300
-    for step, batch in zip(range(steps + 20), batches, strict=False):
-        if step == 20:
+    batch, steps, warm_up = (
+        512,
+        290,
+        20,
+    )  # three epochs of 97 steps: each begins with the clock's numbers of all its steps
+    clock = Clock(0, len(source.train.images), batch, recipe)
+    inputs, batch_of = loader.training_inputs("resident", source, clock, range(10**6), device)
+
+    def views(planned):
+        made = batch_of(planned)
+        return stage(made.views, made.parameters, mean, std)
+
+    call = Graphed(views, device) if graphed else views
+    for step, planned in zip(range(steps + warm_up), inputs, strict=False):
+        if step == warm_up:
             torch.cuda.synchronize()
             begin = time.perf_counter()
-        stage(batch.views, batch.parameters, mean, std)
+        call(planned)
     torch.cuda.synchronize()
-    rate = steps * 512 / (time.perf_counter() - begin)
-    table.add(what="resident, 32 px, on a GPU", variant="compiled photometrics", **{"images/s": rate})
+    rate = steps * batch / (time.perf_counter() - begin)
+    variant = "in a CUDA graph" if graphed else "launch by launch"
+    table.add(what="resident, 32 px, compiled photometrics, on a GPU", variant=variant, **{"images/s": rate})
 
 
 @needs_gpu

@@ -42,6 +42,7 @@ cli.add_command(data)
 @click.option("--precision", metavar="NAME", help="float32, tf32, bf16 or fp16 (with scaled gradients).")
 @click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars.")
 @click.option("--compile/--no-compile", default=None, help="torch.compile of the network; measure before use.")
+@click.option("--cuda-graph/--no-cuda-graph", default=None, help="The whole step as one launch, on one GPU.")
 @click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
 @click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
 @click.option("--embedding-dim", type=int, help="Width of an embedding (f).")
@@ -159,6 +160,7 @@ def train(
     "--recipe", metavar="NAME", default="cifar10", show_default=True, help="Whose f, c and batch are asked for."
 )
 @click.option("--batch-size", type=int, help="Images a step (N).")
+@click.option("--cuda-graph/--no-cuda-graph", default=None, help="The whole step as one launch, on one GPU.")
 @click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
 @click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
 @click.option("--embedding-dim", type=int, help="Width of an embedding (f).")
@@ -214,6 +216,7 @@ OPTION_KEYS = {
     "precision": "training.precision",
     "optimizer": "optimizer.name",
     "compile": "training.compile",
+    "cuda_graph": "training.cuda_graph",
     "codes": "loss.codes",
     "num_codes": "loss.num_codes",
     "embedding_dim": "loss.embedding_dim",
@@ -231,6 +234,7 @@ def describe(run: Any, directory: Path, step: int) -> str:
     beginning = f"from step {step} of " if step else ""
     processes = run.processes.world_size
     precision += ", compiled" if config.training.compile else ""
+    precision += ", a CUDA graph" if config.training.cuda_graph else ""
     if config.training.accumulate > 1:
         precision += f", {config.training.accumulate} micro-batches a step"
     place = str(run.device) if processes == 1 else f"{processes} {run.device.type} processes"

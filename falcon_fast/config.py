@@ -106,6 +106,7 @@ class TrainingConfig:
     amp: bool = False  # bf16
     precision: str = "auto"  # one of PRECISIONS; auto: bf16 with amp, else float32 with torch's own switches for TF32
     compile: bool = False  # the network, by torch.compile
+    cuda_graph: bool = False  # the whole step as one launch, on one GPU
     seed: int = 0
     device: str = "auto"
     strategy: str = "auto"  # ddp or fsdp; auto is ddp where torchrun started several processes, else single

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,6 +67,27 @@ def _why_no_dali(device: torch.device) -> str | None:
     except ImportError as error:
         return f"{error}: pip install nvidia-dali-cuda130"
     return dali.why_not(device)
+
+
+def training_inputs(
+    loader: str,
+    source: Source,
+    clock: Clock,
+    steps: range,
+    device: torch.device,
+    workers_count: int = -1,
+    rank: int = 0,
+    world_size: int = 1,
+    quarantine: Quarantine | None = None,
+) -> tuple[Generator[Any], Callable[[Any], Batch]]:
+    """What `training_batches` yields in two parts: inputs, and the function on the device that makes batches of them.
+
+    Resident images are cropped by the function, which a CUDA graph can hold; the other loaders' inputs are batches already.
+    """
+    if loader == "resident":
+        return resident.training_inputs(source.train, clock, source.size, steps, device, rank, world_size, quarantine)
+    batches = training_batches(loader, source, clock, steps, device, workers_count, rank, world_size, quarantine)
+    return batches, lambda batch: batch
 
 
 def training_batches(

@@ -13,7 +13,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -105,6 +105,24 @@ class _Epoch(NamedTuple):
     parameters: PhotometricTensors  # (T 2 n) rows
 
 
+class PlannedBatch(NamedTuple):
+    """What the clock says of a step, on the device: with the resident images it is a batch.
+
+    Attributes:
+        step: the optimisation step, counted over the whole run.
+        indices: int64 (B,), which images.
+        geometry: boxes int64 (2, B, 4), or affine maps float32 (2, B, 2, 3), of each view.
+        flips: bool (2, B).
+        parameters: of the photometric stage, 2 B rows.
+    """
+
+    step: int
+    indices: torch.Tensor
+    geometry: torch.Tensor
+    flips: torch.Tensor
+    parameters: PhotometricTensors
+
+
 class ResidentImages:
     """A split's images on the device. Images that cannot be decoded go into the quarantine, all at the start.
 
@@ -161,6 +179,15 @@ class ResidentImages:
             return warp(images, geometry.flatten(0, 1), flips.flatten()).permute(0, 3, 1, 2)
         return crop(images.repeat(2, 1, 1, 1), geometry.flatten(0, 1), flips.flatten(), self.size)
 
+    def batch(self, planned: PlannedBatch) -> Batch:
+        """The views and labels of a planned batch. No host value is read: a CUDA graph can hold it."""
+        return Batch(
+            step=planned.step,
+            views=self.views(planned.indices, planned.geometry, planned.flips),
+            parameters=planned.parameters,
+            labels=None if self.labels is None else self.labels[planned.indices],
+        )
+
     def epoch(self, plans: list[BatchPlan], clock: Clock, bad: dict[int, str]) -> _Epoch:
         """The numbers of these steps of one epoch, on the device, in a few copies that nobody waits for."""
         augmentation = clock.augmentation
@@ -198,6 +225,39 @@ class ResidentImages:
         )
 
 
+def training_inputs(
+    split: Split,
+    clock: Clock,
+    size: int,
+    steps: range,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    quarantine: Quarantine | None = None,
+) -> tuple[Generator[PlannedBatch], Callable[[PlannedBatch], Batch]]:
+    """The planned batches of `steps`, in order, and what makes batches of them, on `device`.
+
+    Raises:
+        UsageError: more images are bad than the quarantine allows; the message names one.
+    """
+    quarantine = quarantine or Quarantine(split.images)
+    resident = ResidentImages(split, size, clock.augmentation.affine is not None, device, quarantine)
+
+    def planned() -> Generator[PlannedBatch]:
+        per_epoch, epoch = clock.steps_per_epoch, None
+        for step in steps:
+            if epoch is None or step // per_epoch != epoch.number:
+                rest = range(step, min(steps.stop, (step // per_epoch + 1) * per_epoch))
+                epoch = resident.epoch([clock.at(each, rank, world_size) for each in rest], clock, quarantine.bad)
+            at = step - epoch.first_step
+            indices = epoch.indices[at]
+            rows = slice(at * 2 * len(indices), (at + 1) * 2 * len(indices))
+            parameters = PhotometricTensors(*(column[rows] for column in epoch.parameters))
+            yield PlannedBatch(step, indices, epoch.geometry[at], epoch.flips[at], parameters)
+
+    return planned(), resident.batch
+
+
 def training_batches(
     split: Split,
     clock: Clock,
@@ -215,19 +275,6 @@ def training_batches(
     """
     if not steps:
         return
-    quarantine = quarantine or Quarantine(split.images)
-    resident = ResidentImages(split, size, clock.augmentation.affine is not None, device, quarantine)
-    per_epoch, epoch = clock.steps_per_epoch, None
-    for step in steps:
-        if epoch is None or step // per_epoch != epoch.number:
-            rest = range(step, min(steps.stop, (step // per_epoch + 1) * per_epoch))
-            epoch = resident.epoch([clock.at(each, rank, world_size) for each in rest], clock, quarantine.bad)
-        at = step - epoch.first_step
-        indices = epoch.indices[at]
-        rows = slice(at * 2 * len(indices), (at + 1) * 2 * len(indices))
-        yield Batch(
-            step=step,
-            views=resident.views(indices, epoch.geometry[at], epoch.flips[at]),
-            parameters=PhotometricTensors(*(column[rows] for column in epoch.parameters)),
-            labels=None if resident.labels is None else resident.labels[indices],
-        )
+    planned, batch_of = training_inputs(split, clock, size, steps, device, rank, world_size, quarantine)
+    for each in planned:
+        yield batch_of(each)

@@ -30,6 +30,7 @@ from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.compiled import compile_blocks, compiled_network
+from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.parallel import average_buffers, data_parallel, gather, shard
 from falcon_fast.training.precision import Precision, choose_precision
@@ -162,10 +163,14 @@ class Run:
         }
 
 
-def prepare(config: Config, processes: Processes | None = None) -> Run:
-    """Open the data and build everything, in every process alike; writes nothing. Raises UsageError for what cannot work."""
+def prepare(config: Config, processes: Processes | None = None, source: Source | None = None) -> Run:
+    """Open the data and build everything, in every process alike; writes nothing. Raises UsageError for what cannot work.
+
+    source: images that are open already, in place of those that the configuration names.
+    """
     processes = processes or Processes()
-    source = processes.main_first(lambda: open_source(config.data))
+    if source is None:
+        source = processes.main_first(lambda: open_source(config.data))
     with processes.together():
         parts = _build(config, source, processes)
     return Run(**parts, processes=processes)
@@ -179,6 +184,8 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
     notes += _check_accumulation(training, processes)
+    if training.cuda_graph and (reason := why_not_graphed(device, processes.world_size, config.optimizer.name)):
+        raise UsageError(f"--cuda-graph: {reason}; leave it out")
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
     loader, loader_notes = choose_loader(config.data, source, recipe, device)
 

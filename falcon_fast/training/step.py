@@ -101,14 +101,23 @@ def objective(learner: Learner, views: torch.Tensor, labels: torch.Tensor | None
 
 
 def training_step(
-    learner: Learner, views: torch.Tensor, labels: torch.Tensor | None, lr_scale: float, measure_norm: bool = False
+    learner: Learner,
+    views: torch.Tensor,
+    labels: torch.Tensor | None,
+    lr_scale: float | torch.Tensor,
+    measure_norm: bool = False,
 ) -> StepMetrics:
     """Forward, backward and update for one batch, at `lr_scale` times each parameter group's `peak_lr`.
 
+    lr_scale: a tensor where the groups' rates are (graphed.py).
     measure_norm: report the gradient's norm though nothing is clipped by it.
     """
     for group in learner.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * lr_scale
+        rate = group["peak_lr"] * lr_scale
+        if torch.is_tensor(rate):
+            group["lr"].copy_(rate)
+        else:
+            group["lr"] = rate
     learner.optimizer.zero_grad(set_to_none=True)
     metrics = gradient(learner, views, labels)
     return metrics._replace(grad_norm=update(learner, measure_norm))

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from falcon_fast.data.fused import pays, photometric_stage
-from falcon_fast.data.loader import training_batches
+from falcon_fast.data.loader import training_inputs
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
@@ -22,6 +22,7 @@ from falcon_fast.models import FalconNetwork
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import MetricsFile, TrainingDisplay
+from falcon_fast.training.graphed import GraphedStep
 from falcon_fast.training.optimizer import learning_rate
 from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
 from falcon_fast.training.run import Run, seed_process
@@ -62,7 +63,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         seed_process(run, 0)
     saver = checkpoint.Saver(checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, processes)
     steps = range(start_step, total)
-    batches = training_batches(
+    inputs, batch_of = training_inputs(
         run.loader,
         run.source,
         run.clock,
@@ -74,6 +75,12 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         quarantine,
     )
     mean, std = run.source.normalization(run.device)
+
+    def views_of(inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch = batch_of(inputs)
+        return photometric(batch.views, batch.parameters, mean, std), batch.labels
+
+    graphed = GraphedStep(run.learner, views_of, run.device) if config.training.cuda_graph else None
     run.network.train()
     first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
     started = window = time.monotonic()
@@ -108,7 +115,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         compiler_failures(),
         run.precision.switches(),
         lost_peers(processes, kept),
-        closing(batches),
+        closing(inputs),
         saver,
         metrics_file or nullcontext(),
         stop_requests() as stop_requested,
@@ -118,14 +125,16 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             save(0)
         while start_step < total:
             waiting = time.monotonic()
-            batch = next(batches)
+            planned = next(inputs)
             waited += time.monotonic() - waiting
-            views = photometric(batch.views, batch.parameters, mean, std)
-            scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
-            step = batch.step + 1  # steps done, with this one
+            scale = learning_rate(planned.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
+            step = planned.step + 1  # steps done, with this one
             last, testing = step == total, bool(test_every) and step % test_every == 0
             logging = step % config.log.every_steps == 0 or testing or last
-            metrics = training_step(run.learner, views, batch.labels, scale, logging)
+            if graphed is not None:
+                metrics = graphed(planned, scale)
+            else:
+                metrics = training_step(run.learner, *views_of(planned), scale, logging)
             window_steps += 1
             first_bad = torch.where((first_bad == NEVER) & ~torch.isfinite(metrics.loss), step, first_bad)
             display.advance(step)

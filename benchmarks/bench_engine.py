@@ -1,0 +1,187 @@
+"""Whole training on one GPU: `falcon-fast train` as a user runs it, against the published way, and against the device's peak.
+
+`pytest --benchmark benchmarks/bench_engine.py`. Rates of ours are those that the run itself writes into metrics.csv, windows of
+50 steps with the loader, the logging and everything else in them, the median over the run's windows; the rival is timed over
+windows of as many steps. Runs of all take turns. The images are random, as many and as large as CIFAR-10's.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.data.images import ImageArray, Source, Split
+from falcon_fast.models import build_network
+from falcon_fast.training.run import Run, prepare
+from falcon_fast.training.trainer import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the engine is timed on an NVIDIA GPU")
+
+WINDOW = 50  # steps
+ROUNDS = 2
+WAYS = {
+    "eager": {},
+    "--cuda-graph": {"training.cuda_graph": True},
+    "--compile": {"training.compile": True},
+    "--compile --cuda-graph": {"training.compile": True, "training.cuda_graph": True},
+}
+
+
+def images(count: int, size: int, held_out: int = 512) -> Source:
+    """Random images with labels of ten classes; a small test split, so that the evaluation at the end is short."""
+    random = np.random.RandomState(0)
+    pixels = random.randint(0, 256, (count, size, size, 3)).astype(np.uint8)
+    labels = np.arange(count) % 10
+    test = Split(ImageArray(pixels[:held_out]), labels[:held_out])
+    return Source(
+        Split(ImageArray(pixels), labels), test, tuple(map(str, range(10))), size, (0.5,) * 3, (0.25,) * 3, ""
+    )
+
+
+def started(recipe: str, changes: dict[str, object], source: Source, steps: int) -> Run:
+    """A run of about so many steps."""
+    config = load_recipe(recipe)
+    per_epoch = len(source.train.images) // int(changes.get("training.batch_size", config.training.batch_size))
+    settings = {
+        "training.amp": True,
+        "training.epochs": max(1, steps // per_epoch),
+        "log.every_steps": WINDOW,
+        "log.evaluate_epochs": 0,
+        "optimizer.warmup_epochs": 0.0,
+    }
+    return prepare(validate(override(config, settings | changes)), source=source)
+
+
+def rates(run: Run, directory: Path) -> list[float]:
+    """Images/s of the windows, without the first two, in which things are compiled and chosen, and the last, which evaluates."""
+    directory.mkdir(parents=True)
+    train(run, directory, Console(quiet=True))
+    with (directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    return [float(row["images_per_second"]) for row in rows][2:-1]
+
+
+def peak_mib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def test_cifar_resnet18(table, tmp_path) -> None:
+    """ResNet-18, CIFAR recipe, batch 64: images/s with all that belongs to a run."""
+    from . import published
+
+    source = images(50000, 32)
+    pixels, labels = source.train.images.pixels, source.train.labels
+    config = load_recipe("cifar10")
+    loss, batch, device = config.loss, config.training.batch_size, torch.device("cuda")
+    workers = min(16, os.cpu_count() or 1)
+    found: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    for turn in range(ROUNDS):
+        for name, autocast in (("published way, fp16", torch.float16), ("published way, float32", None)):
+            torch.cuda.reset_peak_memory_stats()
+            step = published.stepper(
+                device, loss.embedding_dim, loss.num_codes, config.tau, config.optimizer.lr, 10, autocast
+            )
+            batches, begin = published.loaded(published.TwoViews(pixels, labels, 32), batch, workers), 0.0
+            for at, each in enumerate(batches):
+                if at % WINDOW == 0:
+                    torch.cuda.synchronize()
+                    now = time.perf_counter()
+                    if at >= 3 * WINDOW:
+                        found.setdefault(name, []).append(WINDOW * batch / (now - begin))
+                    begin = now
+                if at == 7 * WINDOW:
+                    break
+                step(each)
+            memory[name] = peak_mib()
+            del batches, step
+        for name, changes in WAYS.items():
+            torch.cuda.reset_peak_memory_stats()
+            run = started("cifar10", changes, source, 781)
+            found.setdefault(name, []).extend(rates(run, tmp_path / f"{turn}-{name}"))
+            memory[name] = peak_mib()
+    report(table, "ResNet-18, CIFAR recipe, batch 64", found, memory, "published way, fp16")
+
+
+def test_launch_bound(table, tmp_path) -> None:
+    """The digits recipe, whose kernels take microseconds."""
+    found: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    source = images(12800, 16)
+    for turn in range(ROUNDS):
+        for name, changes in WAYS.items():
+            torch.cuda.reset_peak_memory_stats()
+            run = started("digits", {"training.batch_size": 64, "model.width": 8} | changes, source, 800)
+            found.setdefault(name, []).extend(rates(run, tmp_path / f"{turn}-{name}"))
+            memory[name] = peak_mib()
+    report(table, "digits recipe, width 8, batch 64", found, memory, "eager")
+
+
+def test_vit_small(table, tmp_path) -> None:
+    """ViT-S/16 at 224 px, batch 256, synthetic views: the share of the device's own bf16 product rate."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(30):
+        a @ b
+    torch.cuda.synchronize()
+    peak = 30 * 2 * size**3 / (time.perf_counter() - begin)
+    del a, b
+    source = images(1024, 224, held_out=64)
+    base = {
+        "training.batch_size": 256,
+        "data.loader": "synthetic",
+        "log.every_steps": 10,
+        "checkpoint.every_steps": 1000,
+    }
+    found: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    flop = 0.0
+    for name, changes in WAYS.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run = started("imagenet100", base | changes, source, 60)
+        flop = flop or step_flop(run)
+        found[name] = rates(run, tmp_path / name)
+        memory[name] = peak_mib()
+    report(table, "ViT-S/16, 224 px, batch 256, synthetic", found, memory, "eager", flop / 256, peak)
+
+
+def step_flop(run: Run) -> float:
+    """FLOP of a step: the network forward and backward on both views by torch's counter, and the loss's products (8 N f c)."""
+    batch, size = run.config.training.batch_size, run.source.size
+    network = build_network(run.config, size)  # on the CPU; two views of one image
+    with FlopCounterMode(display=False) as counter:
+        network(torch.randn(2, 3, size, size))[1].sum().backward()
+    loss = run.config.loss
+    return counter.get_total_flops() * batch + 8.0 * batch * loss.embedding_dim * loss.num_codes
+
+
+def report(table, what, found, memory, baseline, flop_per_image=None, peak=None) -> None:
+    reference = statistics.median(found[baseline])
+    for name, values in found.items():
+        low, middle, high = (np.quantile(values, q).item() for q in (0.2, 0.5, 0.8))
+        row = {
+            "images/s": middle,
+            "p20": low,
+            "p80": high,
+            "times faster": middle / reference,
+            "peak MiB": memory[name],
+        }
+        if flop_per_image is not None and peak is not None:
+            row |= {"TFLOP/s": middle * flop_per_image / 1e12, "MFU": middle * flop_per_image / peak}
+        table.add(gpu=torch.cuda.get_device_name(), what=what, way=name, **row)

@@ -1,0 +1,96 @@
+"""The published way to train: torchvision's transforms on PIL images in DataLoader workers, and the step in plain eager PyTorch.
+
+The same recipe as `cifar10.toml` (ResNet-18 with the published stem, tanh projector to f = 2048, c = 16384, Adam, float16 mixed
+precision with a GradScaler, online probe), one view after the other through the network, a dense float32 dictionary. Nothing of
+falcon_fast is in it but the numbers of the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from .rivals import published_loss
+
+
+class TwoViews(Dataset):
+    """Two augmented views of images in memory, uint8 (n, S, S, 3), and their labels."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, size: int) -> None:
+        self.pixels, self.labels = pixels, labels
+        jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
+        self.views = [
+            v2.Compose(
+                [
+                    v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC),
+                    v2.RandomHorizontalFlip(),
+                    jitter,
+                    v2.RandomGrayscale(0.2),
+                    v2.RandomSolarize(128, solarize),
+                    v2.ToImage(),
+                    v2.ToDtype(torch.float32, scale=True),
+                    v2.Normalize((0.5,) * 3, (0.25,) * 3),
+                ]
+            )
+            for solarize in (0.0, 0.2)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        from PIL import Image
+
+        image = Image.fromarray(self.pixels[index])
+        return self.views[0](image), self.views[1](image), int(self.labels[index])
+
+
+def loaded(dataset: TwoViews, batch: int, workers: int) -> Iterator[list[torch.Tensor]]:
+    """Batches without end, each epoch shuffled, from workers that stay."""
+    loader = DataLoader(
+        dataset, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=True, persistent_workers=True
+    )
+    while True:
+        yield from loader
+
+
+def resnet18() -> nn.Module:
+    """With the published stem for small images."""
+    network = timm.create_model("resnet18", num_classes=0)
+    network.conv1 = nn.Conv2d(3, 64, 3, 1, 2, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def stepper(
+    device: torch.device, f: int, c: int, tau: float, lr: float, classes: int, autocast: torch.dtype | None
+) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """A function that takes a step on a batch (view 1, view 2, labels) and returns its loss, on the device."""
+    backbone = resnet18()
+    network = nn.Sequential(backbone, nn.Linear(backbone.num_features, f), nn.BatchNorm1d(f), nn.Tanh()).to(device)
+    probe = nn.Linear(backbone.num_features, classes).to(device)
+    codes = torch.randint(0, 2, (f, c), device=device).float() * 2 - 1
+    optimizer = torch.optim.Adam([*network.parameters(), *probe.parameters()], lr=lr, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
+
+    def step(batch: list[torch.Tensor]) -> torch.Tensor:
+        x1, x2, labels = (x.to(device, non_blocking=True) for x in batch)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            y1, y2 = backbone(x1), backbone(x2)
+            h1, h2 = network[1:](y1), network[1:](y2)
+            loss = published_loss(h1, h2, codes, tau)
+            probed = sum(F.cross_entropy(probe(y.detach()), labels) for y in (y1, y2))
+        scaler.scale(loss + probed).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return step
