@@ -110,7 +110,8 @@ class _NormalizeOverGroup(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.has_bias, ctx.group, ctx.world_size = bias is not None, group, world_size
         ctx.mark_non_differentiable(mean, variance)
-        return y.to(x.dtype), mean, variance
+        # Not y.to() where it changes nothing: compiled by torch 2.11 the gradient of x is then zero.
+        return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance
 
     @staticmethod
     @once_differentiable

@@ -70,6 +70,11 @@ def _random_states(rank: int) -> dict[str, torch.Tensor]:
     return states
 
 
+def _stager() -> DefaultStager:
+    cuda = torch.cuda.is_available()
+    return DefaultStager(StagingOptions(cuda, False, False, cuda))  # pinned, shared, in a thread, non-blocking
+
+
 class Saver:
     """Writes the checkpoints of a run under `directory`, the newest `keep` of which stay. A context; all processes together.
 
@@ -104,10 +109,7 @@ class Saver:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=processes.timeout))
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(cuda, False, False, cuda)
-        )  # pinned, shared, in a thread, non-blocking
+        self._stager = _stager()
 
     def _check_shared(self) -> None:
         marker, main = self._directory / f".{self._token}", self._processes.main
@@ -142,6 +144,10 @@ class Saver:
             "no_dist": self._group is None,
         }
         if self._asynchronous:
+            if (
+                not self._stager._state_dict_stager._deepcopy_dispatch
+            ):  # torch 2.11 empties it after use (KeyError: type)
+                self._stager = _stager()
             self._pending = dcp.async_save(dict(tensors), async_stager=self._stager, **options), final  # type: ignore[assignment]
             return
         with self._failure(final):
