@@ -102,13 +102,17 @@ def _status(field: str) -> int:
 
 
 class Table:
-    """Rows of one benchmark file, printed when it is done and written as JSON with --benchmark-write."""
+    """Rows of one benchmark file, printed when it is done; written as JSON with --benchmark-write as they come, so that what was
+    measured before an interruption stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: dict[str, object], path: Path | None) -> None:
+        self.machine, self.path = machine, path
         self.rows: list[dict[str, object]] = []
 
     def add(self, **row: object) -> None:
         self.rows.append(row)
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.machine | {"rows": self.rows}, indent=1) + "\n")
 
     def lines(self) -> Iterator[str]:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -131,11 +135,8 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
-    table = Table()
-    yield table
-    machine = {
+def _machine() -> dict[str, object]:
+    machine: dict[str, object] = {
         "machine": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -149,10 +150,17 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
             "cuda": torch.version.cuda,
             "triton": metadata.version("triton"),
         }
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
-        print("\n".join(table.lines()))
+    return machine
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+    path = None
     if request.config.getoption("--benchmark-write"):
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{Path(request.path).stem}.json"
-        path.write_text(json.dumps(machine | {"rows": table.rows}, indent=1) + "\n")
+    table = Table(_machine(), path)
+    yield table
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n" + ", ".join(f"{key} {value}" for key, value in table.machine.items()))
+        print("\n".join(table.lines()))

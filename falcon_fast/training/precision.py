@@ -43,23 +43,28 @@ class Precision:
 
     @contextmanager
     def switches(self) -> Iterator[None]:
-        """Inside, float32 products and convolutions on a GPU are TF32 or are not, where that was asked for.
+        """Inside, cuDNN tries its algorithms, once a shape; and float32 products and convolutions on a GPU are TF32 or are not,
+        where that was asked for.
 
-        Left alone, torch 2.11 to 2.14 multiplies matrices in float32 and convolves in TF32.
+        Left alone, torch 2.11 to 2.14 takes the algorithm that a heuristic names, multiplies matrices in float32 and convolves in
+        TF32.
         """
-        if not self.asked or self.name not in ("float32", "tf32"):
-            yield
-            return
+        asked = self.asked and self.name in ("float32", "tf32")
         # Not the newer torch.backends.*.fp32_precision: after it, whoever reads one of these gets a RuntimeError ("mix of the
         # legacy and new APIs").
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = self.name == "tf32"
+        cudnn = torch.backends.cudnn
+        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+        cudnn.benchmark = True
+        if asked:
+            torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+            cudnn.allow_tf32 = self.name == "tf32"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            cudnn.benchmark = before[2]
+            if asked:
+                torch.set_float32_matmul_precision(before[0])
+                cudnn.allow_tf32 = before[1]
 
     def __str__(self) -> str:
         autocast = {"bf16": "bfloat16 autocast", "fp16": "float16 autocast with scaled gradients"}
