@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.models import FalconNetwork
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
-from falcon_fast.training.console import MetricsFile, TrainingDisplay
+from falcon_fast.training.console import TrainingDisplay
+from falcon_fast.training.logs import RunLog, Throughput, metrics_row
 from falcon_fast.training.optimizer import learning_rate
 from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
 from falcon_fast.training.run import Run, seed_process
 from falcon_fast.training.signals import stop_requests
-from falcon_fast.training.step import StepMetrics, training_step
+from falcon_fast.training.step import training_step
 
 NEVER = 2**62  # a step that does not come
 
@@ -57,7 +58,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         run.augmentation, config.data.photometric, worthwhile, say, run.device, run.amp_dtype or torch.float32
     )
     quarantine = _quarantine(run, directory, say)
-    metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step) if processes.main else None
+    log = RunLog(run, directory, start_step)
     if start_step == 0:
         seed_process(run, 0)
     saver = checkpoint.Saver(checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, processes)
@@ -76,8 +77,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     mean, std = run.source.normalization(run.device)
     run.network.train()
     first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
-    started = window = time.monotonic()
-    waited, window_steps = 0.0, 0
+    throughput = Throughput(run, say)
+    started = time.monotonic()
     agreed = StopAgreement(processes)
 
     def elapsed() -> float:
@@ -110,7 +111,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         lost_peers(processes, kept),
         closing(batches),
         saver,
-        metrics_file or nullcontext(),
+        log,
         stop_requests() as stop_requested,
         display,
     ):
@@ -119,36 +120,29 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         while start_step < total:
             waiting = time.monotonic()
             batch = next(batches)
-            waited += time.monotonic() - waiting
+            throughput.step(time.monotonic() - waiting)
             views = photometric(batch.views, batch.parameters, mean, std)
             scale = learning_rate(batch.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
             step = batch.step + 1  # steps done, with this one
             last, testing = step == total, bool(test_every) and step % test_every == 0
             logging = step % config.log.every_steps == 0 or testing or last
             metrics = training_step(run.learner, views, batch.labels, scale, logging)
-            window_steps += 1
             first_bad = torch.where((first_bad == NEVER) & ~torch.isfinite(metrics.loss), step, first_bad)
             display.advance(step)
 
             stopping = agreed(stop_requested()) and not last
             if logging:
                 check_finite()
-                now = time.monotonic()
-                row = _row(run, step, metrics, scale)
-                row |= {
-                    "images_per_second": window_steps * config.training.batch_size / (now - window),
-                    "data_wait": waited / (now - window),
-                    "seconds": elapsed(),
-                }
+                row = metrics_row(run, step, metrics, scale) | throughput.row() | {"seconds": elapsed()}
                 if (testing or last) and run.probe is not None:
                     run.average_buffers()
                     with run.averaged():
                         network, probe = run.whole()
                         row |= _test(run, network, probe) if processes.main else {}
-                if metrics_file is not None:
-                    metrics_file.write(row)
+                log.write(row)
+                if processes.main:
                     display.show(row, config.training.epochs)
-                window, waited, window_steps = time.monotonic(), 0.0, 0
+                throughput.restart()
             if step % save_every == 0 or last or stopping:
                 check_finite()
                 save(step)
@@ -181,24 +175,6 @@ def share_bad(quarantine: Quarantine, processes: Processes) -> None:
         for bad in processes.everyone(dict(quarantine.bad)):
             for index, reason in bad.items():
                 quarantine.add(index, reason)
-
-
-def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str, Any]:
-    """A row of metrics.csv: means over the processes; codes of the batch that the prior saw (a local one: process 0's share)."""
-    measured = [metrics.loss, metrics.prior, metrics.invariance]
-    measured += [] if metrics.probe_accuracy is None else [metrics.probe_accuracy]
-    loss, prior, invariance, *accuracy = run.processes.mean(torch.stack(measured)).tolist()
-    return {
-        "step": step,
-        "epoch": step / run.clock.steps_per_epoch,
-        "loss": loss,
-        "prior": prior,
-        "invariance": invariance,
-        "codes_used": int(metrics.codes_used),
-        "lr": run.config.optimizer.lr * lr_scale,
-        "grad_norm": None if metrics.grad_norm is None else float(metrics.grad_norm),
-        "probe_train_accuracy": accuracy[0] if accuracy else None,
-    }
 
 
 def _test(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:
