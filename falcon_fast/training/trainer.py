@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.data.fused import pays, photometric_stage
-from falcon_fast.data.loader import training_batches
-from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
@@ -22,9 +18,11 @@ from falcon_fast.models import FalconNetwork
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import TrainingDisplay
+from falcon_fast.training.inputs import batches_of, photometric_of, quarantine_of, share_bad
 from falcon_fast.training.logs import RunLog, Throughput, metrics_row
+from falcon_fast.training.memory import out_of_memory
 from falcon_fast.training.optimizer import learning_rate
-from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
+from falcon_fast.training.processes import StopAgreement, lost_peers
 from falcon_fast.training.run import Run, seed_process
 from falcon_fast.training.signals import stop_requests
 from falcon_fast.training.step import training_step
@@ -51,29 +49,14 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    # Decided for the whole run, so that a resumed one computes the same.
-    count, threads = 2 * config.training.batch_size // processes.world_size, torch.get_num_threads()
-    worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
-    photometric = photometric_stage(
-        run.augmentation, config.data.photometric, worthwhile, say, run.device, run.amp_dtype or torch.float32
-    )
-    quarantine = _quarantine(run, directory, say)
+    photometric = photometric_of(run, say)
+    quarantine = quarantine_of(run, say, directory / "quarantine.csv")
     log = RunLog(run, directory, start_step)
     if start_step == 0:
         seed_process(run, 0)
     saver = checkpoint.Saver(checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, processes)
     steps = range(start_step, total)
-    batches = training_batches(
-        run.loader,
-        run.source,
-        run.clock,
-        steps,
-        run.device,
-        run.workers,
-        processes.rank,
-        processes.world_size,
-        quarantine,
-    )
+    batches = batches_of(run, steps, quarantine)
     mean, std = run.source.normalization(run.device)
     run.network.train()
     first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
@@ -107,6 +90,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     display = TrainingDisplay(console, total, start_step)
     with (
         compiler_failures(),
+        out_of_memory(run, kept),
         run.precision.switches(),
         lost_peers(processes, kept),
         closing(batches),
@@ -154,27 +138,6 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                 agreed.finish()
                 break
     return elapsed()
-
-
-def _quarantine(run: Run, directory: Path, say: Callable[[str], None]) -> Quarantine:
-    """The bad images known when training begins, the same in every process; listed on disk by process 0."""
-    images, limit = run.source.train.images, run.config.data.max_bad_fraction
-    known, left_out, processes = dict(run.source.known_bad), run.source.left_out, run.processes
-    quarantine: Quarantine | None = None
-    with processes.together():
-        if processes.main:
-            path = directory / "quarantine.csv"
-            quarantine = Quarantine(images, limit, path, known=known, left_out=left_out, say=say)
-    listed = processes.from_main({} if quarantine is None else quarantine.bad)
-    return quarantine or Quarantine(images, limit, known=listed, left_out=left_out, say=say)
-
-
-def share_bad(quarantine: Quarantine, processes: Processes) -> None:
-    """What each process found bad becomes known to all. Raises UsageError in all, where that is too much."""
-    with processes.together():
-        for bad in processes.everyone(dict(quarantine.bad)):
-            for index, reason in bad.items():
-                quarantine.add(index, reason)
 
 
 def _test(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""What a step is fed with: a run's batches, its photometric stage, and the images that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import torch
+
+from falcon_fast.data.batch import Batch
+from falcon_fast.data.fused import Photometric, pays, photometric_stage
+from falcon_fast.data.loader import training_batches
+from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.training.processes import Processes
+from falcon_fast.training.run import Run
+
+
+def photometric_of(run: Run, say: Callable[[str], None]) -> Photometric:
+    """The photometric stage. Decided for the whole run, so that a resumed one computes the same."""
+    config = run.config
+    count, threads = 2 * config.training.batch_size // run.processes.world_size, torch.get_num_threads()
+    worthwhile = run.device.type == "cuda" or pays(run.total_steps, count, run.source.size, threads)
+    dtype = run.amp_dtype or torch.float32
+    return photometric_stage(run.augmentation, config.data.photometric, worthwhile, say, run.device, dtype)
+
+
+def batches_of(run: Run, steps: range, quarantine: Quarantine) -> Generator[Batch]:
+    """This process's share of the batches of `steps`, in order."""
+    rank, world_size = run.processes.rank, run.processes.world_size
+    return training_batches(
+        run.loader, run.source, run.clock, steps, run.device, run.workers, rank, world_size, quarantine
+    )
+
+
+def quarantine_of(run: Run, say: Callable[[str], None], path: Path | None = None) -> Quarantine:
+    """The bad images known when training begins, the same in every process; listed at `path` by process 0."""
+    images, limit = run.source.train.images, run.config.data.max_bad_fraction
+    known, left_out, processes = dict(run.source.known_bad), run.source.left_out, run.processes
+    quarantine: Quarantine | None = None
+    with processes.together():
+        if processes.main:
+            quarantine = Quarantine(images, limit, path, known=known, left_out=left_out, say=say)
+    listed = processes.from_main({} if quarantine is None else quarantine.bad)
+    return quarantine or Quarantine(images, limit, known=listed, left_out=left_out, say=say)
+
+
+def share_bad(quarantine: Quarantine, processes: Processes) -> None:
+    """What each process found bad becomes known to all. Raises UsageError in all, where that is too much."""
+    with processes.together():
+        for bad in processes.everyone(dict(quarantine.bad)):
+            for index, reason in bad.items():
+                quarantine.add(index, reason)
