@@ -12,6 +12,7 @@ import click
 from falcon_fast.data_cli import data
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.options import OPTION_KEYS, configured, overrides_of, training_options
+from falcon_fast.profile_cli import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,6 +22,7 @@ def cli() -> None:
 
 
 cli.add_command(data)
+cli.add_command(profile)
 
 
 @cli.command()
