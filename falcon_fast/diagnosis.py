@@ -83,8 +83,8 @@ def _working(phases: Mapping[str, float], step: float, facts: Circumstances) -> 
         how = "small operators" if facts.compiled else "small operators, which --compile puts together"
         return Diagnosis(
             "overhead",
-            f"overhead: arithmetic and memory traffic need {ideal / network:.0%} of the network's time at the {device}'s measured "
-            f"rates: {how}, or a larger batch makes larger{also}",
+            f"overhead: arithmetic and memory traffic need {ideal / network:.0%} of the network's time at the {device}'s "
+            f"measured rates: {how}, or a larger batch makes larger{also}",
         )
     if bound.memory > bound.compute:
         wider = [] if facts.autocast else ["--amp halves the bytes"]

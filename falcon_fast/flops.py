@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from falcon_fast.config import Config
-from falcon_fast.models import build_network
 
 
 class StepFlops(NamedTuple):
@@ -65,10 +64,10 @@ def loss_flops(n: int, f: int, c: int, codes: str) -> float:
     return 4.0 * n * c * math.log2(f) if codes == "hadamard" else 8.0 * n * f * c
 
 
-def step_flops(config: Config, size: int) -> StepFlops:
+def step_flops(config: Config, network: nn.Module, size: int) -> StepFlops:
     """FLOP of a step of the whole batch, views of `size` pixels a side, in however many parts it is taken."""
     images, loss = config.training.batch_size, config.loss
     return StepFlops(
-        network_flops(build_network(config, size), 2 * images, size),
+        network_flops(network, 2 * images, size),
         loss_flops(images, loss.embedding_dim, loss.num_codes, loss.codes),
     )

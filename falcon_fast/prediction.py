@@ -121,7 +121,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     phases["launch"] = max(0.0, training.accumulate * calls - busy)
 
     held = 4 * parameters * (2 + MOMENTS[config.optimizer.name] + bool(config.optimizer.ema_decay))
-    flop = step_flops(config, size).total
+    flop = step_flops(config, network, size).total
     rate = peak.half if half is not None else peak.float32 if training.precision == "float32" else peak.tf32
     return Prediction(
         gpu=device.name,
@@ -134,7 +134,12 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
         mfu=flop / sum(phases.values()) / (rate * gpus),
         memory=held + traced.kept + loss.peak + pixels * 5,
         capacity=peak.memory,
-        limit=_limit(phases, forward.compute + backward.compute, forward.memory + backward.memory),
+        limit=_limit(
+            phases,
+            training.accumulate * (forward.compute + backward.compute),
+            training.accumulate * (forward.memory + backward.memory),
+            training.compile,
+        ),
     )
 
 
@@ -180,12 +185,11 @@ def _communication(network: nn.Module, size: int, backward: float, gpu: str, gpu
     return gradients + small * config.training.accumulate * LATENCY
 
 
-def _limit(phases: dict[str, float], compute: float, memory: float) -> str:
+def _limit(phases: dict[str, float], compute: float, memory: float, compiled: bool) -> str:
     """The largest of what the step's parts are bound by, in words."""
+    how = "a larger batch" if compiled else "--compile, or a larger batch"
     parts = {
-        "launches: the host issues operators more slowly than the GPU works: --compile, or a larger batch": phases[
-            "launch"
-        ],
+        f"launches: the host issues operators more slowly than the GPU works: {how}": phases["launch"],
         "communication between the GPUs: a larger batch on each": phases["communication"],
         "the loss": phases["loss"],
         "compute: the network's matrix products and convolutions": compute,

@@ -166,8 +166,8 @@ def _network(found: dict[str, float]) -> float | None:
 def _counted(run: Run, measured: peaks.Measured, say: Callable[[str], None]) -> tuple[StepFlops | None, Bound | None]:
     """The FLOP of a step, and the seconds that this process's network needs at the measured rates."""
     try:
-        flop = step_flops(run.config, run.source.size)
         network = per_view_batchnorm(build_network(run.config, run.source.size))
+        flop = step_flops(run.config, network, run.source.size)
         traced = trace(network, 2 * images_at_once(run), run.source.size, run.amp_dtype)
     except Exception as error:  # whatever an operator does that cannot work without numbers
         say(f"the FLOP of {run.config.model.name} cannot be counted ({str(error).splitlines()[0][:200]}): no MFU")

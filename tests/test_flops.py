@@ -8,6 +8,7 @@ from torch import nn
 
 from falcon_fast.config import load_recipe
 from falcon_fast.flops import loss_flops, network_flops, step_flops
+from falcon_fast.models import build_network
 from falcon_fast.objective import FalconProjector
 
 
@@ -71,6 +72,7 @@ def test_the_losss_floor():
     ],
 )
 def test_networks_whose_cost_is_published(recipe, size, network):
-    found = step_flops(load_recipe(recipe), size)
+    config = load_recipe(recipe)
+    found = step_flops(config, build_network(config, size), size)
     assert found.network == pytest.approx(network, rel=0.02)
     assert found.total == found.network + found.loss

@@ -86,7 +86,7 @@ def test_no_events_where_nobody_wants_them(tmp_path):
 def test_utilisation_is_the_networks_and_the_losss_flop_over_the_peak(monkeypatch):
     run = prepared()
     monkeypatch.setattr(logs, "known_rate", lambda device, precision: 1e12)
-    flop = logs.step_flops(run.config, 16)
+    flop = logs.step_flops(run.config, run.network, 16)
     said: list[str] = []
     assert logs.utilisation_per_image(run, said.append) == pytest.approx(flop.total / 128 / 1e12)
     throughput = logs.Throughput(run, said.append)
@@ -104,7 +104,7 @@ def test_a_network_that_cannot_be_counted_is_said_and_trains(monkeypatch):
     run = prepared()
     monkeypatch.setattr(logs, "known_rate", lambda device, precision: 1e12)
 
-    def failing(config, size):
+    def failing(config, network, size):
         raise NotImplementedError("aten::strange has no meta kernel\nand more")
 
     monkeypatch.setattr(logs, "step_flops", failing)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from falcon_fast.flops import step_flops
+from falcon_fast.models import build_network
 from falcon_fast.peaks import known_rate
 from falcon_fast.training.console import MetricsFile
 from falcon_fast.training.run import Run
@@ -91,7 +92,7 @@ def utilisation_per_image(run: Run, say: Callable[[str], None]) -> float | None:
     if not run.processes.main or (peak := known_rate(run.device, run.precision)) is None:
         return None
     try:
-        flop = step_flops(run.config, run.source.size).total
+        flop = step_flops(run.config, build_network(run.config, run.source.size), run.source.size).total
     except Exception as error:  # whatever an operator does that cannot work without numbers
         say(
             f"the FLOP of {run.config.model.name} cannot be counted ({str(error).splitlines()[0][:200]}): no MFU is logged"
