@@ -37,7 +37,8 @@ def test_a_host_that_is_too_slow():
 
 def test_small_operators():
     limit, sentence = found(facts=CPU._replace(bound=Bound(0.05, 0.03, 0.0)))
-    assert limit == "overhead" and "10% of the network's time" in sentence
+    assert limit == "overhead" and "10% of the network's time" in sentence and "--compile" in sentence
+    assert found(facts=CPU._replace(bound=Bound(0.3, 0.15, 0.0)))[0] == "compute"
 
 
 def test_memory_and_arithmetic():
