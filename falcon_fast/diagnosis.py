@@ -9,8 +9,8 @@ from falcon_fast.roofline import Bound
 
 WAITING = 0.2  # of a step: below that, doing away with it altogether gains less than a quarter
 ISSUING = 0.9  # of a step that the host takes to issue it: the device then waits for the host
-# Of the network's time, what its operators need at the device's rates: below that, neither rate is what limits. Convolutions alone
-# reach about half of a matrix product's.
+# Of the network's time, what its operators need at the device's rates: below that, neither rate is what limits. Convolutions
+# alone reach about half of a matrix product's.
 BUSY = 0.5
 
 

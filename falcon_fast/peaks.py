@@ -68,7 +68,7 @@ class Measured(NamedTuple):
 
 
 def measure(device: torch.device, precision: Precision) -> Measured:
-    """Time a matrix product in the run's dtype (8192^3 on a GPU, 2048^3 on a CPU) and a copy of 1 GiB (256 MiB); the fastest of 5."""
+    """Time a product in the run's dtype (8192^3 on a GPU, 2048^3 on a CPU) and a copy of 1 GiB (256 MiB); the fastest of 5."""
     gpu, dtype = device.type == "cuda", precision.autocast or torch.float32
     side = 8192 if gpu else 2048
     return Measured(
