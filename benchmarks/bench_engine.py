@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.images import ImageArray, Source, Split
+from falcon_fast.flops import step_flops
 from falcon_fast.models import build_network
 from falcon_fast.training.run import Run, prepare
 from falcon_fast.training.trainer import train
@@ -155,20 +155,10 @@ def test_vit_small(table, tmp_path) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run = started("imagenet100", base | changes, source, 60)
-        flop = flop or step_flop(run)
+        flop = flop or step_flops(run.config, build_network(run.config, 224), 224).total
         found[name] = rates(run, tmp_path / name)
         memory[name] = peak_mib()
     report(table, "ViT-S/16, 224 px, batch 256, synthetic", found, memory, "eager", flop / 256, peak)
-
-
-def step_flop(run: Run) -> float:
-    """FLOP of a step: the network forward and backward on both views by torch's counter, and the loss's products (8 N f c)."""
-    batch, size = run.config.training.batch_size, run.source.size
-    network = build_network(run.config, size)  # on the CPU; two views of one image
-    with FlopCounterMode(display=False) as counter:
-        network(torch.randn(2, 3, size, size))[1].sum().backward()
-    loss = run.config.loss
-    return counter.get_total_flops() * batch + 8.0 * batch * loss.embedding_dim * loss.num_codes
 
 
 def report(table, what, found, memory, baseline, flop_per_image=None, peak=None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ import click
 
 from falcon_fast.data_cli import data
 from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.options import OPTION_KEYS, configured, overrides_of, training_options
+from falcon_fast.profile_cli import profile
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,32 +22,11 @@ def cli() -> None:
 
 
 cli.add_command(data)
+cli.add_command(profile)
 
 
 @cli.command()
-@click.option(
-    "--recipe",
-    metavar="NAME",
-    help="What to train; `falcon-fast info` lists them. Default: digits, or folder with --data.",
-)
-@click.option(
-    "--data",
-    metavar="PATH",
-    help="Your images: a folder, with or without class sub-folders, train/ and test/ or val/ if you like.",
-)
-@click.option("--epochs", type=int)
-@click.option("--batch-size", type=int, help="Images a step; each is seen in two views.")
-@click.option("--loader", metavar="NAME", help="auto (default), dali, resident, workers; synthetic to leave it out.")
-@click.option("--accumulate", type=int, help="Micro-batches of a step, for less memory; the prior sees one at a time.")
-@click.option("--amp/--no-amp", default=None, help="bfloat16 autocast, as --precision bf16.")
-@click.option("--precision", metavar="NAME", help="float32, tf32, bf16 or fp16 (with scaled gradients).")
-@click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars.")
-@click.option("--compile/--no-compile", default=None, help="torch.compile of the network; measure before use.")
-@click.option("--cuda-graph/--no-cuda-graph", default=None, help="The whole step as one launch, on one GPU.")
-@click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.")
-@click.option("--num-codes", type=int, help="Codes in the dictionary (c).")
-@click.option("--embedding-dim", type=int, help="Width of an embedding (f).")
-@click.option("--temperature-batch", type=int, help="The n of the temperature: smaller is softer.")
+@training_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default runs/<recipe>-<time>.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Continue an interrupted run.")
 @click.option(
@@ -54,16 +34,6 @@ cli.add_command(data)
     "continuing",
     is_flag=True,
     help="Continue the run in --run-dir if it has begun, else begin it: for jobs that are started again.",
-)
-@click.option("--seed", type=int)
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N.")
-@click.option("--strategy", metavar="NAME", help="ddp or fsdp under torchrun; auto (default): ddp there, else single.")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Any other setting, as in config.toml (optimizer.ema_decay=0.999, optimizer.clip_norm=1); repeatable.",
 )
 def train(
     recipe: str | None,
@@ -83,16 +53,7 @@ def train(
     from falcon_fast.training.run import prepare, restore
     from falcon_fast.training.trainer import train as train_run
 
-    overrides: dict[str, Any] = {}
-    for option, key in OPTION_KEYS.items():
-        if options[option] is not None:
-            overrides[key] = options[option]
-    overrides |= dict(configuration.parse_assignment(text) for text in settings)
-    if "data.path" in overrides:
-        overrides["data.path"] = os.path.abspath(os.path.expanduser(overrides["data.path"]))
-
-    if overrides.get("training.amp") is False and overrides.get("training.precision") in ("bf16", "fp16"):
-        raise UsageError(f"--no-amp is no autocast, --precision says {overrides['training.precision']}: leave one out")
+    overrides = overrides_of(options, settings)
     if continuing and (resume is not None or run_dir is None):
         raise UsageError("--continue goes with --run-dir RUN, and without --resume")
     if resume is not None:
@@ -106,11 +67,11 @@ def train(
         if not resume.is_dir():
             raise UsageError(f"--resume {resume}: no such run directory")
         config = configuration.load_config(resume / "config.toml")
+        config = configuration.validate(configuration.override(config, overrides))
         directory = resume
     else:
-        config = configuration.load_recipe(recipe or ("folder" if "data.path" in overrides else "digits"))
+        config = configured(recipe, overrides)
         directory = run_dir or Path("runs") / f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = configuration.validate(configuration.override(config, overrides))
 
     training = config.training
     processes = join(training.strategy, training.device, training.batch_size, training.timeout)
@@ -204,26 +165,6 @@ CHANGEABLE = {
     "training.device",
     "training.strategy",
     "training.timeout",
-}
-
-OPTION_KEYS = {
-    "data": "data.path",
-    "loader": "data.loader",
-    "epochs": "training.epochs",
-    "batch_size": "training.batch_size",
-    "accumulate": "training.accumulate",
-    "amp": "training.amp",
-    "precision": "training.precision",
-    "optimizer": "optimizer.name",
-    "compile": "training.compile",
-    "cuda_graph": "training.cuda_graph",
-    "codes": "loss.codes",
-    "num_codes": "loss.num_codes",
-    "embedding_dim": "loss.embedding_dim",
-    "temperature_batch": "loss.temperature_batch",
-    "seed": "training.seed",
-    "device": "training.device",
-    "strategy": "training.strategy",
 }
 
 

@@ -127,6 +127,7 @@ class FsdpConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 10  # a row of metrics.csv
+    tensorboard: bool = True  # the same rows as events in RUN/tensorboard
     evaluate_epochs: int = 1  # a row with the online probe and the clustering of the test split; 0: at the end only
 
 

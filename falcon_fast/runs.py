@@ -2,6 +2,7 @@
 
 config.toml            the resolved configuration
 metrics.csv            a row a logged step (columns: falcon_fast/training/console.py)
+tensorboard/           the same rows as events, for `tensorboard --logdir RUN` (log.tensorboard)
 checkpoints/           the newest complete checkpoints
 result.json            the figures of the final evaluation
 curves.png             loss, codes in use, online probe and NMI against epochs

@@ -50,7 +50,8 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
     directory, _ = finished
     names = {p.name for p in directory.iterdir()}
-    assert names == {"config.toml", "metrics.csv", "checkpoints", "result.json", "curves.png", "backbone.safetensors"}
+    logs = {"metrics.csv", "tensorboard", "curves.png"}
+    assert names == {"config.toml", "checkpoints", "result.json", "backbone.safetensors"} | logs
     result = json.loads((directory / "result.json").read_text())
     for key in ("raw_pixels", "random_init", "trained"):
         assert all(0 <= result[key][name] <= 1 for name in ("probe", "knn", "nmi_kmeans"))

@@ -5,7 +5,7 @@ import io
 
 from rich.console import Console
 
-from falcon_fast.training.console import COLUMNS, MetricsFile, TrainingDisplay
+from falcon_fast.training.console import COLUMNS, TIMINGS, MetricsFile, TrainingDisplay
 
 ROW = {
     "step": 10,
@@ -23,7 +23,7 @@ ROW = {
 
 def test_columns_begin_with_the_step_and_end_with_the_timings():
     assert COLUMNS[:8] == ("step", "epoch", "loss", "prior", "invariance", "codes_used", "lr", "probe_accuracy")
-    assert COLUMNS[-3:] == ("images_per_second", "data_wait", "seconds")
+    assert COLUMNS[-4:] == TIMINGS == ("images_per_second", "data_wait", "mfu", "seconds")
 
 
 def test_rows_are_on_disk_at_once_and_what_was_not_measured_is_empty(tmp_path):
@@ -72,6 +72,11 @@ def test_plain_lines_where_there_is_no_terminal():
     ):
         assert piece in line
     assert "\x1b" not in text
+
+
+def test_utilisation_is_shown_where_it_is_known():
+    assert "123 images/s (1% waiting for data)  loss" in shown(False, [ROW | {"step": 20, "mfu": None}])
+    assert "123 images/s (1% waiting for data, MFU 31%)  loss" in shown(False, [ROW | {"step": 20, "mfu": 0.312}])
 
 
 def test_a_progress_bar_on_a_terminal():

@@ -244,7 +244,9 @@ def test_sharded_blocks_compute_in_bfloat16_or_compiled(two):
 def test_one_process_alone_writes(folder, two):
     names = [p.name for p in checkpoint.complete(folder / "two-reverse" / "checkpoints")]
     assert names == ["step-00000005", "step-00000010", "step-00000011"]
-    assert sorted(p.name for p in (folder / "two-reverse").iterdir()) == ["checkpoints", "config.toml", "metrics.csv"]
+    left = {p.name for p in (folder / "two-reverse").iterdir()}
+    assert left == {"checkpoints", "config.toml", "metrics.csv", "tensorboard"}
+    assert len(list((folder / "two-reverse" / "tensorboard").iterdir())) == 1
 
 
 def test_a_local_prior_and_batchnorm_are_another_run(one, two):

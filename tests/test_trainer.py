@@ -18,7 +18,7 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs import create_run_directory, load_trained
 from falcon_fast.training import checkpoint, precision, trainer
-from falcon_fast.training.console import COLUMNS
+from falcon_fast.training.console import COLUMNS, TIMINGS
 from falcon_fast.training.run import Run, prepare, restore
 
 TINY = {
@@ -48,7 +48,7 @@ def start(directory: Path, **changes):
 def rows(directory: Path) -> list[tuple[str, ...]]:
     """metrics.csv without the timings."""
     with (directory / "metrics.csv").open() as file:
-        return [tuple(row[c] for c in COLUMNS[:-3]) for row in csv.DictReader(file)]
+        return [tuple(row[c] for c in COLUMNS[: -len(TIMINGS)]) for row in csv.DictReader(file)]
 
 
 def assert_same_state(a: Run, b: Run) -> None:

@@ -6,10 +6,21 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from falcon_fast.kernels.gpu.cost import DEVICES, Candidate, Device, candidates, choose
+from falcon_fast.kernels.gpu.cost import DEVICES, Candidate, Device, candidates, choose, nearest_device
 from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET
 
-__all__ = ["DEVICES", "Candidate", "Device", "Start", "candidates", "choose", "explain", "frozen_start", "start"]
+__all__ = [
+    "DEVICES",
+    "Candidate",
+    "Device",
+    "Start",
+    "candidates",
+    "choose",
+    "explain",
+    "frozen_start",
+    "nearest_device",
+    "start",
+]
 
 
 def explain(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Timings stand last, so that two runs of one seed agree in every column before them.
+TIMINGS = ("images_per_second", "data_wait", "mfu", "seconds")
+# They stand last, so that two runs of one seed agree in every column before them.
 COLUMNS = (
     "step",
     "epoch",
@@ -25,9 +26,7 @@ COLUMNS = (
     "test_codes_used",
     "probe_train_accuracy",
     "grad_norm",
-    "images_per_second",
-    "data_wait",
-    "seconds",
+    *TIMINGS,
 )
 PLAIN_LINE_EVERY = 10.0  # seconds, where there is no terminal
 
@@ -38,7 +37,8 @@ class MetricsFile:
     Columns: step (optimisation steps done), epoch (fractional), loss, prior and invariance (nats, of that step's batch),
     codes_used (distinct codes in it), lr; on the test split in evaluation mode probe_accuracy (online probe), nmi_codes and
     test_codes_used; probe_train_accuracy (of the batch, augmented); grad_norm (of the network's gradient, before clipping);
-    images_per_second and data_wait (share of the time spent waiting for data) since the row before; seconds of training so far.
+    since the row before images_per_second, data_wait (share of the time spent waiting for data) and mfu (the model's FLOP,
+    falcon_fast/flops.py, over what the devices could do by their data sheet; empty where that is not known); seconds of training.
     """
 
     def __init__(self, path: Path, keep_until_step: int = 0) -> None:
@@ -69,7 +69,7 @@ class MetricsFile:
 
 
 class TrainingDisplay:
-    """A context that shows the progress of `total_steps`: images/s, the loss and its terms, codes in use, time left."""
+    """A context that shows the progress of `total_steps`: images/s, MFU, the loss and its terms, codes in use, time left."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self._console = console
@@ -105,8 +105,9 @@ class TrainingDisplay:
     def show(self, row: Mapping[str, Any], epochs: int) -> None:
         """A row of metrics.csv was written."""
         epoch = f"epoch {row['epoch']:.1f}/{epochs}"
+        mfu = "" if row.get("mfu") is None else f", MFU {row['mfu']:.0%}"
         figures = (
-            f"{row['images_per_second']:.0f} images/s  loss {row['loss']:.3f} "
+            f"{row['images_per_second']:.0f} images/s ({row['data_wait']:.0%} waiting for data{mfu})  loss {row['loss']:.3f} "
             f"(prior {row['prior']:.3f}, invariance {row['invariance']:.3f})  {row['codes_used']} codes"
         )
         tested = row.get("probe_accuracy")

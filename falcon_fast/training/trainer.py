@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,21 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.data.fused import pays, photometric_stage
-from falcon_fast.data.loader import training_inputs
-from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.models import FalconNetwork
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
-from falcon_fast.training.console import MetricsFile, TrainingDisplay
-from falcon_fast.training.graphed import GraphedStep
+from falcon_fast.training.console import TrainingDisplay
+from falcon_fast.training.graphed import stepper
+from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of, share_bad
+from falcon_fast.training.logs import RunLog, Throughput, metrics_row
+from falcon_fast.training.memory import out_of_memory
 from falcon_fast.training.optimizer import learning_rate
-from falcon_fast.training.processes import Processes, StopAgreement, lost_peers
+from falcon_fast.training.processes import StopAgreement, lost_peers
 from falcon_fast.training.run import Run, seed_process
 from falcon_fast.training.signals import stop_requests
-from falcon_fast.training.step import StepMetrics, training_step
 
 NEVER = 2**62  # a step that does not come
 
@@ -51,40 +49,19 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    # Decided for the whole run, so that a resumed one computes the same.
-    count, threads = 2 * config.training.batch_size // processes.world_size, torch.get_num_threads()
-    worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
-    photometric = photometric_stage(
-        run.augmentation, config.data.photometric, worthwhile, say, run.device, run.amp_dtype or torch.float32
-    )
-    quarantine = _quarantine(run, directory, say)
-    metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step) if processes.main else None
+    photometric = photometric_of(run, say)
+    quarantine = quarantine_of(run, say, directory / "quarantine.csv")
+    log = RunLog(run, directory, start_step)
     if start_step == 0:
         seed_process(run, 0)
     saver = checkpoint.Saver(checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, processes)
     steps = range(start_step, total)
-    inputs, batch_of = training_inputs(
-        run.loader,
-        run.source,
-        run.clock,
-        steps,
-        run.device,
-        run.workers,
-        processes.rank,
-        processes.world_size,
-        quarantine,
-    )
-    mean, std = run.source.normalization(run.device)
-
-    def views_of(inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch = batch_of(inputs)
-        return photometric(batch.views, batch.parameters, mean, std), batch.labels
-
-    graphed = GraphedStep(run.learner, views_of, run.device) if config.training.cuda_graph else None
+    inputs, views_of = feed_of(run, steps, quarantine, photometric)
+    take_step = stepper(run.learner, views_of, run.device, config.training.cuda_graph)
     run.network.train()
     first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)  # the first step whose loss was not finite
-    started = window = time.monotonic()
-    waited, window_steps = 0.0, 0
+    throughput = Throughput(run, say)
+    started = time.monotonic()
     agreed = StopAgreement(processes)
 
     def elapsed() -> float:
@@ -113,11 +90,12 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     display = TrainingDisplay(console, total, start_step)
     with (
         compiler_failures(),
+        out_of_memory(run, kept),
         run.precision.switches(),
         lost_peers(processes, kept),
         closing(inputs),
         saver,
-        metrics_file or nullcontext(),
+        log,
         stop_requests() as stop_requested,
         display,
     ):
@@ -126,38 +104,28 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         while start_step < total:
             waiting = time.monotonic()
             planned = next(inputs)
-            waited += time.monotonic() - waiting
+            throughput.step(time.monotonic() - waiting)
             scale = learning_rate(planned.step, optimizer.lr, total, warmup, optimizer.warmup_lr) / optimizer.lr
             step = planned.step + 1  # steps done, with this one
             last, testing = step == total, bool(test_every) and step % test_every == 0
             logging = step % config.log.every_steps == 0 or testing or last
-            if graphed is not None:
-                metrics = graphed(planned, scale)
-            else:
-                metrics = training_step(run.learner, *views_of(planned), scale, logging)
-            window_steps += 1
+            metrics = take_step(planned, scale, logging)
             first_bad = torch.where((first_bad == NEVER) & ~torch.isfinite(metrics.loss), step, first_bad)
             display.advance(step)
 
             stopping = agreed(stop_requested()) and not last
             if logging:
                 check_finite()
-                now = time.monotonic()
-                row = _row(run, step, metrics, scale)
-                row |= {
-                    "images_per_second": window_steps * config.training.batch_size / (now - window),
-                    "data_wait": waited / (now - window),
-                    "seconds": elapsed(),
-                }
+                row = metrics_row(run, step, metrics, scale) | throughput.row() | {"seconds": elapsed()}
                 if (testing or last) and run.probe is not None:
                     run.average_buffers()
                     with run.averaged():
                         network, probe = run.whole()
                         row |= _test(run, network, probe) if processes.main else {}
-                if metrics_file is not None:
-                    metrics_file.write(row)
+                log.write(row)
+                if processes.main:
                     display.show(row, config.training.epochs)
-                window, waited, window_steps = time.monotonic(), 0.0, 0
+                throughput.restart()
             if step % save_every == 0 or last or stopping:
                 check_finite()
                 save(step)
@@ -169,45 +137,6 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
                 agreed.finish()
                 break
     return elapsed()
-
-
-def _quarantine(run: Run, directory: Path, say: Callable[[str], None]) -> Quarantine:
-    """The bad images known when training begins, the same in every process; listed on disk by process 0."""
-    images, limit = run.source.train.images, run.config.data.max_bad_fraction
-    known, left_out, processes = dict(run.source.known_bad), run.source.left_out, run.processes
-    quarantine: Quarantine | None = None
-    with processes.together():
-        if processes.main:
-            path = directory / "quarantine.csv"
-            quarantine = Quarantine(images, limit, path, known=known, left_out=left_out, say=say)
-    listed = processes.from_main({} if quarantine is None else quarantine.bad)
-    return quarantine or Quarantine(images, limit, known=listed, left_out=left_out, say=say)
-
-
-def share_bad(quarantine: Quarantine, processes: Processes) -> None:
-    """What each process found bad becomes known to all. Raises UsageError in all, where that is too much."""
-    with processes.together():
-        for bad in processes.everyone(dict(quarantine.bad)):
-            for index, reason in bad.items():
-                quarantine.add(index, reason)
-
-
-def _row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str, Any]:
-    """A row of metrics.csv: means over the processes; codes of the batch that the prior saw (a local one: process 0's share)."""
-    measured = [metrics.loss, metrics.prior, metrics.invariance]
-    measured += [] if metrics.probe_accuracy is None else [metrics.probe_accuracy]
-    loss, prior, invariance, *accuracy = run.processes.mean(torch.stack(measured)).tolist()
-    return {
-        "step": step,
-        "epoch": step / run.clock.steps_per_epoch,
-        "loss": loss,
-        "prior": prior,
-        "invariance": invariance,
-        "codes_used": int(metrics.codes_used),
-        "lr": run.config.optimizer.lr * lr_scale,
-        "grad_norm": None if metrics.grad_norm is None else float(metrics.grad_norm),
-        "probe_train_accuracy": accuracy[0] if accuracy else None,
-    }
 
 
 def _test(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""A run's steps timed and explained on the machine that is there: throughput, phases, memory, utilisation, what limits them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from falcon_fast import peaks
+from falcon_fast.batchnorm import per_view_batchnorm
+from falcon_fast.diagnosis import Circumstances, Diagnosis, diagnose
+from falcon_fast.errors import UsageError
+from falcon_fast.flops import StepFlops, step_flops
+from falcon_fast.info import cpu_name
+from falcon_fast.models import build_network
+from falcon_fast.roofline import Bound, Rates, trace
+from falcon_fast.training import phases
+from falcon_fast.training.compiled import compiler_failures
+from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of
+from falcon_fast.training.memory import images_at_once, out_of_memory
+from falcon_fast.training.processes import lost_peers
+from falcon_fast.training.run import Run, seed_process
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was found: seconds, bytes, FLOP and FLOP/s.
+
+    Attributes:
+        images: of a step, over all processes.
+        timings: of this process's steps and phases.
+        flop: of a step, over all processes; None where they cannot be counted.
+        sheet: FLOP/s of one device by its data sheet, None where that is not known; measured: what was reached here.
+    """
+
+    images: int
+    processes: int
+    device: str
+    timings: phases.Timings
+    flop: StepFlops | None
+    sheet: float | None
+    measured: peaks.Measured
+    diagnosis: Diagnosis
+
+    def _share(self, peak: float | None) -> float | None:
+        if self.flop is None or peak is None:
+            return None
+        return self.flop.total / statistics.median(self.timings.steps) / (peak * self.processes)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOP utilisation: of the data sheet's peak where that is known, else of the measured one."""
+        return self._share(self.sheet or self.measured.rate)
+
+    @property
+    def mfu_of_measured(self) -> float | None:
+        """The same, of the rate of a matrix product here."""
+        return self._share(self.measured.rate)
+
+    @property
+    def images_per_second(self) -> tuple[float, float, float]:
+        """Median, 20th and 80th percentile of the steps."""
+        fast, slow = phases.spread(self.timings.steps)
+        median = statistics.median(self.timings.steps)
+        return self.images / median, self.images / slow, self.images / fast
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        median, low, high = self.images_per_second
+        timings, measured = self.timings, self.measured
+        return {
+            "images_per_step": self.images,
+            "processes": self.processes,
+            "device": self.device,
+            "steps": len(timings.steps),
+            "images_per_second": {"median": median, "p20": low, "p80": high},
+            "step_seconds": timings.step,
+            "phase_seconds": timings.phases,
+            "host_seconds": timings.host,
+            "data_wait": timings.phases["data"] / timings.step,
+            "peak_memory_bytes": timings.memory,
+            "flop_per_step": None if self.flop is None else {**self.flop._asdict(), "total": self.flop.total},
+            "mfu": self.mfu,
+            "mfu_of_measured": self.mfu_of_measured,
+            "peak_flop_per_second": {"data_sheet": self.sheet, "measured": measured.rate},
+            "measured_product": {"side": measured.side, "dtype": str(measured.dtype).removeprefix("torch.")},
+            "measured_bandwidth_bytes_per_second": measured.bandwidth,
+            "limit": self.diagnosis.limit,
+            "diagnosis": self.diagnosis.sentence,
+        }
+
+
+def profile(run: Run, count: int, say: Callable[[str], None], trace_file: Path | None = None) -> Profile:
+    """Take training steps of `run` as `train` would, `count` of them timed, and forget them. All processes together.
+
+    trace_file: where process 0 leaves three steps of torch's profiler as a Chrome trace.
+
+    Raises:
+        UsageError: bad data, a network that cannot be compiled, a trace that cannot be written.
+        TrainingError: not enough memory; another process is gone.
+    """
+    if trace_file is not None:
+        with run.processes.together():
+            if run.processes.main:
+                _check_writable(trace_file)
+    needed = range(phases.needed(run, count))
+    feed = feed_of(run, needed, quarantine_of(run, say), photometric_of(run, say))
+    seed_process(run, 0)
+    run.network.train()
+    with (
+        compiler_failures(),
+        out_of_memory(run),
+        run.precision.switches(),
+        lost_peers(run.processes, lambda: "nothing was measured"),
+        closing(feed.inputs),
+    ):
+        steps = phases.Steps(run, feed)
+        timings = phases.measure(run, steps, count)
+        if trace_file is not None:
+            target = trace_file if run.processes.main else None
+            phases.trace(run, steps, lambda found: found.export_chrome_trace(str(target)) if target else None)
+    with run.processes.together():  # the others wait: on a CPU they would share it
+        measured = peaks.measure(run.device, run.precision) if run.processes.main else None
+    measured = run.processes.from_main(measured)
+    assert measured is not None
+    flop, bound = _counted(run, measured, say) if run.processes.main else (None, None)
+    facts = Circumstances(
+        gpu=run.device.type == "cuda",
+        compiled=run.config.training.compile,
+        autocast=run.amp_dtype is not None,
+        network=_network(timings.phases),
+        host=timings.host,
+        bound=bound,
+    )
+    images = run.config.training.batch_size
+    return Profile(
+        images=images,
+        processes=run.processes.world_size,
+        device=torch.cuda.get_device_name(run.device) if facts.gpu else cpu_name(),
+        timings=timings,
+        flop=flop,
+        sheet=peaks.known_rate(run.device, run.precision),
+        measured=measured,
+        diagnosis=diagnose(timings.phases, images, facts),
+    )
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError(f"the trace {path} cannot be written: {error.strerror}") from None
+
+
+def _network(found: dict[str, float]) -> float | None:
+    """Seconds of forward and backward, where they are told apart from the loss."""
+    return found["forward"] + found["backward"] if "loss" in found else None
+
+
+def _counted(run: Run, measured: peaks.Measured, say: Callable[[str], None]) -> tuple[StepFlops | None, Bound | None]:
+    """The FLOP of a step, and the seconds that this process's network needs at the measured rates."""
+    try:
+        network = per_view_batchnorm(build_network(run.config, run.source.size))
+        flop = step_flops(run.config, network, run.source.size)
+        traced = trace(network, 2 * images_at_once(run), run.source.size, run.amp_dtype)
+    except Exception as error:  # whatever an operator does that cannot work without numbers
+        say(f"the FLOP of {run.config.model.name} cannot be counted ({str(error).splitlines()[0][:200]}): no MFU")
+        return None, None
+    rates = Rates(*(measured.rate,) * 4, measured.bandwidth, launch=0.0)
+    bound = rates.total(traced.operators)
+    return flop, Bound(*(run.config.training.accumulate * seconds for seconds in bound))
+
+
+def lines(run: Run, found: Profile) -> Iterator[str]:
+    """What to tell beside the table of phases."""
+    median, low, high = found.images_per_second
+    timings, measured = found.timings, found.measured
+    memory = f"{timings.memory / 2**30:.2f} GiB" + ("" if run.device.type == "cuda" else " (of the process)")
+    yield (
+        f"{median:,.0f} images/s (median of {len(timings.steps)} steps; 20th to 80th percentile {low:,.0f} to {high:,.0f}), "
+        f"{1e3 * timings.step:.2f} ms a step; peak memory {memory}"
+    )
+    if found.flop is not None and found.mfu is not None and found.mfu_of_measured is not None:
+        product = f"a matrix product ({measured.side}^3, {str(measured.dtype).removeprefix('torch.')})"
+        sheet = (
+            "" if found.sheet is None else f"{found.mfu:.1%} of the data sheet's {found.sheet / 1e12:,.0f} TFLOP/s, "
+        )
+        each = " of each device" if found.processes > 1 else ""
+        yield (
+            f"{_flop(found.flop.total)} a step (network {_flop(found.flop.network)}, loss {_flop(found.flop.loss)}): MFU {sheet}"
+            f"{found.mfu_of_measured:.1%} of the {measured.rate / 1e12:,.2f} TFLOP/s{each} that {product} reaches here"
+        )
+    yield f"limited by {found.diagnosis.sentence}"
+
+
+def _flop(number: float) -> str:
+    return f"{number / 1e12:,.2f} TFLOP" if number >= 1e12 else f"{number / 1e9:,.2f} GFLOP"

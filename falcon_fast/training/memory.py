@@ -1,0 +1,98 @@
+"""A device that has not enough memory for a step: one line with what was tried and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from falcon_fast.batchnorm import has_batchnorm
+from falcon_fast.errors import TrainingError
+from falcon_fast.kernels import loss_implementations
+from falcon_fast.kernels.cpu import plan as cpu_plan
+from falcon_fast.objective import planner
+from falcon_fast.objective.reference import PEAK_COPIES
+from falcon_fast.training.run import Run
+
+# Allocations that CUDA itself or its libraries make fail with errors of their own.
+SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def out_of_memory(run: Run, kept: Callable[[], str] | None = None) -> Iterator[None]:
+    """An allocation that fails inside becomes a TrainingError: batch, the loss's plan, what to change, what `kept()` says."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)):
+            raise
+        line = f"{_where(run.device)} has not enough memory for {_batch(run)}: {'; or '.join(_remedies(run))}"
+        raise TrainingError(line + (f" ({kept()})" if kept else "")) from None
+
+
+def _where(device: torch.device) -> str:
+    if device.type != "cuda":
+        return str(device)
+    facts = torch.cuda.get_device_properties(device)
+    return f"{device} ({facts.name}, {facts.total_memory / 2**30:.0f} GiB)"
+
+
+def _batch(run: Run) -> str:
+    training, processes = run.config.training, run.processes.world_size
+    name, peak, _ = loss_plan(run)
+    parts = f" in {processes} processes" if processes > 1 else ""
+    parts += f" in {training.accumulate} micro-batches" if training.accumulate > 1 else ""
+    return f"a batch of {training.batch_size} images{parts} and the loss's {name} plan, which holds {peak / 2**20:,.0f} MiB"
+
+
+def images_at_once(run: Run) -> int:
+    """Images a view that one process has in one micro-batch."""
+    return run.config.training.batch_size // run.processes.world_size // run.config.training.accumulate
+
+
+def loss_plan(run: Run) -> tuple[str, int, int | None]:
+    """The loss's plan in this run by name, the bytes that it holds at its peak, and those of streaming where that holds less."""
+    loss, n = run.config.loss, images_at_once(run)
+    f, c, budget = loss.embedding_dim, loss.num_codes, loss.memory_budget * 2**20 or None
+    implementation = loss.implementation if loss.implementation != "auto" else loss_implementations(run.device)[0]
+    if implementation == "reference":
+        return "reference", PEAK_COPIES * n * c * 4, None
+    if implementation == "cpu":
+        if loss.codes == "hadamard":
+            return "streaming", cpu_plan.hadamard_plan(n, f, c, budget).peak, None
+        chosen = cpu_plan.dense_plan(n, f, c, loss.plan, budget)
+        name, peaks = "stored" if chosen.stored else "streaming", {"stored": chosen.peak}
+        peaks["streaming"] = cpu_plan.dense_plan(n, f, c, "streaming", None).peak
+    else:
+        name_of_device, capability = (
+            torch.cuda.get_device_name(run.device),
+            torch.cuda.get_device_capability(run.device),
+        )
+        device = planner.nearest_device(name_of_device, capability)
+        found = planner.candidates(n, f, c, loss.codes, device, budget)
+        peaks = {candidate.name: candidate.peak for candidate in found[:-1]}
+        name = loss.plan if loss.plan in peaks else planner.choose(n, f, c, loss.codes, device, budget).name
+    streaming = peaks["streaming"] if name == "stored" and peaks["streaming"] < peaks["stored"] else None
+    return name, peaks[name], streaming
+
+
+def _remedies(run: Run) -> Iterator[str]:
+    """What to change, that which costs least first."""
+    training, processes = run.config.training, run.processes.world_size
+    name, _, streaming = loss_plan(run)
+    if streaming is not None:
+        yield f"--set loss.plan=streaming, which holds {streaming / 2**20:,.0f} MiB"
+    if name == "reference":
+        yield "a smaller dictionary (--num-codes)"
+    if run.amp_dtype is None and run.device.type == "cuda":
+        yield "--amp, which halves the activations"
+    least = 2 if has_batchnorm(run.network) else 1
+    share = training.batch_size // processes
+    finer = [k for k in range(training.accumulate + 1, share // least + 1) if share % k == 0]
+    if finer:
+        yield f"--accumulate {finer[0]}"
+    if share > least:
+        yield f"--batch-size {max(least, share // 2) * processes}"
+    if not run.sharded and processes > 1:
+        yield "--strategy fsdp"

@@ -1,0 +1,114 @@
+"""TensorBoard's events against metrics.csv, and utilisation."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.runs import create_run_directory
+from falcon_fast.training import logs, trainer
+from falcon_fast.training.run import Run, prepare, restore
+
+TINY = {
+    "model.width": 4,
+    "loss.embedding_dim": 32,
+    "loss.num_codes": 64,
+    "training.epochs": 1,
+    "training.batch_size": 128,
+    "log.every_steps": 2,
+    "checkpoint.every_steps": 5,
+}  # 11 steps
+QUIET = Console(quiet=True)
+
+
+def prepared(**changes) -> Run:
+    settings = TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    return prepare(validate(override(load_recipe("digits"), settings)))
+
+
+def table(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """metrics.csv by columns: (step, value) where there is one."""
+    with (directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name]] for name in rows[0] if name != "step"}
+    return {name: values for name, values in found.items() if values}
+
+
+def assert_events_equal_rows(directory: Path) -> None:
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    columns = table(directory)
+    assert set(events.Tags()["scalars"]) == set(columns)
+    for name, values in columns.items():
+        seen = events.Scalars(name)
+        assert [event.step for event in seen] == [step for step, _ in values], name
+        assert [event.value for event in seen] == pytest.approx([value for _, value in values], rel=1e-6), name
+
+
+def test_events_equal_the_rows_also_of_a_resumed_run(tmp_path, monkeypatch):
+    step_function, calls = trainer.training_step, []
+
+    def dying(*arguments):
+        calls.append(None)
+        if len(calls) == 9:
+            raise MemoryError  # after rows that the checkpoint of step 5 has not seen
+        return step_function(*arguments)
+
+    run = prepared()
+    create_run_directory(tmp_path, run.config)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(trainer, "training_step", dying)
+        trainer.train(run, tmp_path, QUIET)
+    assert [step for step, _ in table(tmp_path)["loss"]] == [2, 4, 6, 8]
+    assert_events_equal_rows(tmp_path)
+
+    run = prepared()
+    step, seconds = restore(run, tmp_path)
+    assert step == 5
+    trainer.train(run, tmp_path, QUIET, step, seconds)
+    assert [step for step, _ in table(tmp_path)["loss"]] == [2, 4, 6, 8, 10, 11]
+    assert_events_equal_rows(tmp_path)
+    assert "mfu" not in table(tmp_path)  # a CPU has no data sheet here
+
+
+def test_no_events_where_nobody_wants_them(tmp_path):
+    run = prepared(log__tensorboard=False, training__epochs=0)
+    create_run_directory(tmp_path, run.config)
+    trainer.train(run, tmp_path, QUIET)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_utilisation_is_the_networks_and_the_losss_flop_over_the_peak(monkeypatch):
+    run = prepared()
+    monkeypatch.setattr(logs, "known_rate", lambda device, precision: 1e12)
+    flop = logs.step_flops(run.config, run.network, 16)
+    said: list[str] = []
+    assert logs.utilisation_per_image(run, said.append) == pytest.approx(flop.total / 128 / 1e12)
+    throughput = logs.Throughput(run, said.append)
+    clock = iter([10.0, 14.0])
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    throughput.restart()
+    throughput.step(0.5)
+    throughput.step(1.5)
+    row = throughput.row()
+    assert row == {"images_per_second": 64.0, "data_wait": 0.5, "mfu": pytest.approx(flop.total / 2 / 1e12)}
+    assert not said
+
+
+def test_a_network_that_cannot_be_counted_is_said_and_trains(monkeypatch):
+    run = prepared()
+    monkeypatch.setattr(logs, "known_rate", lambda device, precision: 1e12)
+
+    def failing(config, network, size):
+        raise NotImplementedError("aten::strange has no meta kernel\nand more")
+
+    monkeypatch.setattr(logs, "step_flops", failing)
+    said: list[str] = []
+    assert logs.utilisation_per_image(run, said.append) is None
+    assert said == ["the FLOP of resnet8 cannot be counted (aten::strange has no meta kernel): no MFU is logged"]
+    assert logs.Throughput(run, said.append).row()["mfu"] is None
