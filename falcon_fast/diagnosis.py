@@ -23,6 +23,7 @@ class Circumstances(NamedTuple):
     """
 
     gpu: bool
+    processes: int
     compiled: bool
     autocast: bool
     network: float | None
@@ -81,11 +82,12 @@ def _working(phases: Mapping[str, float], step: float, facts: Circumstances) -> 
     ideal = bound.compute + bound.memory
     if ideal < BUSY * network:
         how = "" if facts.compiled else "--compile puts operators together, "
+        collectives = ", all-reduces inside the network" if facts.processes > 1 else ""
         return Diagnosis(
             "overhead",
             f"overhead: at the {device}'s measured rates arithmetic and memory traffic would need {ideal / network:.0%} of the "
-            f"network's time, the rest goes into calling small operators and kernels that fall short: {how}a larger batch makes "
-            f"them larger{also}",
+            f"network's time, the rest goes into calling small operators{collectives} and kernels that fall short: {how}a larger "
+            f"batch makes them larger{also}",
         )
     if bound.memory > bound.compute:
         wider = [] if facts.autocast else ["--amp halves the bytes"]

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from falcon_fast.batchnorm import per_view_batchnorm
-from falcon_fast.config import Config
+from falcon_fast.config import Config, nearest
 from falcon_fast.errors import UsageError
 from falcon_fast.flops import step_flops
 from falcon_fast.models import build_network
@@ -79,8 +79,6 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     Raises:
         UsageError: a kind without a model, or a batch that does not divide.
     """
-    from falcon_fast.config import nearest
-
     if gpu not in planner.DEVICES:
         raise UsageError(f"no model of a GPU {gpu!r}: {nearest(gpu, planner.DEVICES)}")
     training = config.training
@@ -97,7 +95,12 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     size = config.data.size or VIEW_SIZES.get(config.data.source, 224)
     images = training.batch_size // gpus // training.accumulate
     network = per_view_batchnorm(build_network(config, size))
-    traced = trace(network, 2 * images, size, half)
+    try:
+        traced = trace(network, 2 * images, size, half)
+        flop = step_flops(config, network, size).total
+    except Exception as error:  # whatever an operator does that cannot work without numbers
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UsageError(f"the operators of {config.model.name} cannot be counted ({reason}): no prediction") from None
     operators = fused(traced.operators) if training.compile else traced.operators
     rates = _rates(config, device)
 
@@ -121,7 +124,6 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     phases["launch"] = max(0.0, training.accumulate * calls - busy)
 
     held = 4 * parameters * (2 + MOMENTS[config.optimizer.name] + bool(config.optimizer.ema_decay))
-    flop = step_flops(config, network, size).total
     rate = peak.half if half is not None else peak.float32 if training.precision == "float32" else peak.tf32
     return Prediction(
         gpu=device.name,

@@ -131,6 +131,7 @@ def profile(run: Run, count: int, say: Callable[[str], None], trace_file: Path |
     flop, bound = _counted(run, measured, say) if run.processes.main else (None, None)
     facts = Circumstances(
         gpu=run.device.type == "cuda",
+        processes=run.processes.world_size,
         compiled=run.config.training.compile,
         autocast=run.amp_dtype is not None,
         network=_network(timings.phases),

@@ -8,7 +8,9 @@ from falcon_fast.diagnosis import Circumstances, diagnose
 from falcon_fast.roofline import Bound
 
 STEP = {"data": 0.0, "photometric": 0.05, "forward": 0.3, "loss": 0.1, "backward": 0.5, "optimizer": 0.05}  # a second
-CPU = Circumstances(gpu=False, compiled=False, autocast=False, network=0.8, host=None, bound=Bound(0.5, 0.2, 0.0))
+CPU = Circumstances(
+    gpu=False, processes=1, compiled=False, autocast=False, network=0.8, host=None, bound=Bound(0.5, 0.2, 0.0)
+)
 GPU = CPU._replace(gpu=True, host=0.3)
 
 
@@ -38,6 +40,7 @@ def test_a_host_that_is_too_slow():
 def test_small_operators():
     limit, sentence = found(facts=CPU._replace(bound=Bound(0.05, 0.03, 0.0)))
     assert limit == "overhead" and "10% of the network's time" in sentence and "--compile" in sentence
+    assert "all-reduces" in found(facts=CPU._replace(bound=Bound(0.05, 0.03, 0.0), processes=2)).sentence
     assert found(facts=CPU._replace(bound=Bound(0.3, 0.15, 0.0)))[0] == "compute"
 
 

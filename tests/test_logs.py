@@ -76,6 +76,15 @@ def test_events_equal_the_rows_also_of_a_resumed_run(tmp_path, monkeypatch):
     assert "mfu" not in table(tmp_path)  # a CPU has no data sheet here
 
 
+def test_a_run_that_begins_again_forgets_what_was_logged(tmp_path):
+    run = prepared()
+    for value in (1.0, 2.0):
+        with logs.RunLog(run, tmp_path, 0) as log:
+            log.write({"step": 2, "loss": value, "mfu": None})
+    assert table(tmp_path) == {"loss": [(2, 2.0)]}
+    assert_events_equal_rows(tmp_path)
+
+
 def test_no_events_where_nobody_wants_them(tmp_path):
     run = prepared(log__tensorboard=False, training__epochs=0)
     create_run_directory(tmp_path, run.config)

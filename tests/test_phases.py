@@ -46,6 +46,35 @@ def test_stamps_make_phases(monkeypatch):
     ]
 
 
+def test_on_a_gpu_stamps_are_events_of_the_runs_stream(monkeypatch):
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "stream of cuda:1"
+            Event.clock += 2.0
+            self.at = Event.clock
+
+        def elapsed_time(self, other):  # milliseconds
+            return other.at - self.at
+
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    watch = phases.Watch(torch.device("cuda", 1))
+    watch.step()
+    watch.enter("forward")
+    capturing[0] = True
+    watch.enter("loss")  # inside a graph: no event there
+    capturing[0] = False
+    watch.step()
+    assert watch.seconds() == [{"data": 0.002, "forward": 0.002}]
+
+
 def test_phases_of_real_steps_are_all_of_them():
     run = prepared(optimizer__ema_decay=0.5)
     found = phases.measure(run, steps_of(run, 10), 10)

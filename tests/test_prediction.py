@@ -74,13 +74,20 @@ def test_the_plan_is_the_one_that_the_run_would_take():
     assert predict(configured("digits", loss__codes="hadamard"), "h100").plan == "hadamard"
 
 
-def test_what_cannot_be_predicted_is_said():
+def test_what_cannot_be_predicted_is_said(monkeypatch):
     with pytest.raises(UsageError, match="did you mean 'h100'"):
         predict(configured("digits"), "h10")
     with pytest.raises(UsageError, match="multiple of 3"):
         predict(configured("digits"), "h100", 3)
     with pytest.raises(UsageError, match="FSDP2"):
         predict(configured("digits", training__strategy="fsdp"), "h100")
+
+    def failing(*arguments):
+        raise NotImplementedError("aten::strange\nhas no shape")
+
+    monkeypatch.setattr(prediction, "trace", failing)
+    with pytest.raises(UsageError, match=r"operators of resnet8 cannot be counted \(aten::strange\)"):
+        predict(configured("digits"), "h100")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Watch:
     """
 
     def __init__(self, device: torch.device, recording: bool = False) -> None:
-        self._gpu, self._recording = device.type == "cuda", recording
+        self._device, self._gpu, self._recording = device, device.type == "cuda", recording
         self._steps: list[list[tuple[str, Any]]] = []
         self._phase = ""
         self._range: Any = None
@@ -81,7 +81,7 @@ class Watch:
         if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self) -> list[dict[str, float]]:
