@@ -25,7 +25,9 @@ from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET, EXPANDED_CODES, dense_p
 # logits, but 83 for their dZ W^T, before its blocks were halved to give every processor work).
 PACKED_PRODUCT = 0.35
 EXPANDED_PRODUCT = 0.75  # 0.95 ms for 0.55 TFLOP, logits' statistics included, after 0.10 ms of expanding
-TRANSFORM = 0.12  # small products with shuffles between: 2.06 ms for (1024, 2048, 65536), 1.29 of it for the columns
+# Small products with shuffles between: 2.06 ms for (1024, 2048, 65536), 1.29 of it for the columns before they got a fifth fewer
+# instructions and two programs a processor.
+TRANSFORM = 0.12
 LAUNCH_SECONDS = 4e-6
 
 

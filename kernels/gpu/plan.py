@@ -157,8 +157,10 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     width = b
     while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
         width //= 2
-    at_once = 8192 if capability[0] == 9 else 2048 if f > 256 else 1024  # logits of a view; more spills
+    # Logits at a time: on sm_90 registers are left for a second program (120 of 8 warps, or 195 of 4), elsewhere more spills.
+    at_once = 4096 if capability[0] == 9 else 2048 if f > 256 else 1024
     column_rows = max(1 if a > 1 else 16, at_once // (width * a))
+    column_warps = 4 if capability[0] == 9 and column_rows * a < 128 else 8
 
     def splits_for(programs: int) -> int:
         return max(1, min(blocks, -(-2 * processors // programs)))
@@ -169,4 +171,4 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     strips = blocks * (b // width)
     needed = 4 * n * f + 2 * n * 4 * (10 + 4 * splits + strips + gradient_splits * f) + 2 * ceil_to(c, TILE) * 4
     needed += 12 * strips + 64
-    return HadamardPlan(a, b, rows, splits, width, column_rows, 8, gradient_rows, gradient_splits, 8, needed)
+    return HadamardPlan(a, b, rows, splits, width, column_rows, column_warps, gradient_rows, gradient_splits, 8, needed)
