@@ -17,7 +17,7 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import columns, gradient, launch, loss, plan, transform, tuning
+from falcon_fast.kernels.gpu import columns, gradient, launch, logits, loss, plan, transform, tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGE = Path(loss.__file__).parent
@@ -152,6 +152,20 @@ def test_columns_of_a_block_split_over_programs(monkeypatch) -> None:
     assert_close_to_reference(h1, h2, HadamardCodes(1024, 2048), temperature(1024, 2048, 32))
 
 
+@pytest.mark.parametrize(("f", "name", "strip"), [(100, "stored", 64), (64, "streaming", 16)])
+def test_codes_expanded_before_the_products(monkeypatch, poisoned, narrow_ranges, f, name, strip) -> None:
+    """Many images on Hopper: two chunks of each range, the last neither whole nor a multiple of 128."""
+    monkeypatch.setattr(loss, "device_facts", lambda device: launch.Facts("H100", (9, 0), 132))
+    monkeypatch.setattr(loss, "EXPANDED_CODES", 512)
+    monkeypatch.setattr(logits, "EXPANDED_CODES", 512)
+    monkeypatch.setattr(plan, "EXPANDED_ROWS", {9: 80})
+    monkeypatch.setattr(plan, "LEAST_STRIP", strip)
+    chosen = plan.dense_plan(43, f, 1100, name == "stored", None, (9, 0), 132)
+    assert chosen.library and chosen.logits.expanded and chosen.strip == strip
+    h1, h2 = embeddings(43, f)
+    assert_close_to_reference(h1, h2, RademacherCodes(f, 1100), temperature(f, 1100, f // 32), plan=name)
+
+
 @pytest.mark.parametrize("tiles", [shape for shapes in tuning.ALTERNATIVES.values() for shape in shapes[1:]], ids=str)
 def test_tuning_takes_the_fastest_and_changes_nothing_else(monkeypatch, tiles) -> None:
     h1, h2 = embeddings(5, 64)
@@ -167,7 +181,7 @@ def test_tuning_takes_the_fastest_and_changes_nothing_else(monkeypatch, tiles) -
     monkeypatch.setattr(tuning, "milliseconds", milliseconds)
     capability = launch.device_facts(DEVICE).capability
     monkeypatch.setitem(tuning.ALTERNATIVES, capability[0], [tiles])
-    usual = plan.logits_tiles(5, 300, capability, launch.device_facts(DEVICE).processors)
+    usual = plan.logits_tiles(5, capability)
     for _ in range(2):
         assert_close_to_reference(h1, h2, codes, 2.0)
     assert sorted(tried) == sorted({usual, tiles}) and set(tuning._fastest.values()) == {tiles}
@@ -390,6 +404,14 @@ def test_the_plan_says_what_is_held(n, f, c, kind, name) -> None:
         else plan.dense_plan(n, f, c, name == "stored", None, *facts)
     )
     assert 0.7 * stated.peak <= held <= stated.peak
+
+
+def test_every_processor_has_work() -> None:
+    """Few images leave few blocks to the product, a range of a streaming sweep few strips to the columns."""
+    few = plan.dense_plan(64, 2048, 16384, True, None, (9, 0), 132)
+    assert few.splits * -(-128 // few.product.rows) * (2048 // few.product.features) == 128
+    streaming = plan.dense_plan(1024, 2048, 65536, False, None, (9, 0), 132)
+    assert 2 * 132 <= 2 * streaming.width // streaming.strip < 4 * 132
 
 
 def test_half_a_million_codes_stream_through_half_a_gigabyte() -> None:

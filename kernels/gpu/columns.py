@@ -1,6 +1,7 @@
 """Column statistics: the mean assignment of the batch, the prior, and what each row needs of it.
 
-In the log domain throughout, float32, units of log 2: log2 pbar_j = logsum2_i(log2 P_ij) - log2 N, online over blocks of rows;
+In the log domain throughout, float32, units of log 2: log2 pbar_j = logsum2_i(log2 P_ij) - log2 N, online over blocks of rows
+(sums run by element of a block and are put together once: 0.32 ms instead of 0.51 for 1024 images and 65536 codes on an H100);
 g_j = ln(c pbar_j) (reverse prior) or -1 / (c pbar_j) (forward), and a_i = sum_j P_ij g_j. P g is formed as P times a finite
 number (reverse) or as -exp2(log2 P_ij - log2 pbar_j) / c (forward), so that nothing is divided by what has underflowed.
 """
@@ -15,11 +16,11 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from falcon_fast.kernels.gpu.launch import launch
-from falcon_fast.kernels.gpu.plan import STRIP, TILE
+from falcon_fast.kernels.gpu.plan import TILE
 from falcon_fast.kernels.gpu.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2
 
-COLUMN_ROWS = 64
+BLOCK = 4096  # logits at a time
 
 
 class Scales(NamedTuple):
@@ -79,6 +80,14 @@ def log_assignments(p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view,
 
 
 @triton.jit
+def accumulated(b_top, b_total, b_x):
+    """One more term x of each running log-sum-exp (maximum, sum of exponentials less it): one exponential. A NaN stays."""
+    b_e = tl.exp2(-tl.abs(b_x - b_top))
+    b_up = b_x > b_top
+    return tl.where(b_up, b_x, b_top), tl.where(b_up, b_total * b_e + 1.0, b_total + b_e)
+
+
+@triton.jit
 def columns_kernel(
     p_d,  # fp16 [2, n, width]
     p_tile_max,  # [2, tiles, n]
@@ -105,49 +114,52 @@ def columns_kernel(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    i_strip = tl.program_id(0)
+    i_strip, i_view = tl.program_id(0), tl.program_id(1)
     o_code = i_strip * STRIP + tl.arange(0, STRIP)
     m_code = o_code < count
     i_tile = i_strip * STRIP // TILE
-    b_used = tl.zeros((STRIP,), tl.int32)
-    for i_view in tl.static_range(2):
-        p_log = p_log_pbar + i_view * padded_c + o_code
-        if SUMS:
-            b_top = tl.full((STRIP,), float("-inf"), tl.float32)
-            b_total = tl.zeros((STRIP,), tl.float32)
-            for start in range(0, n, ROWS):
+    p_log = p_log_pbar + i_view * padded_c + o_code
+    if SUMS:
+        # Finite, so that the first term and terms of no row (-inf) need no care.
+        b_tops = tl.full((ROWS, STRIP), -3.0e38, tl.float32)
+        b_totals = tl.zeros((ROWS, STRIP), tl.float32)
+        for start in range(0, n, ROWS):
+            o_row = start + tl.arange(0, ROWS)
+            m_row = o_row < n
+            b_log_p = log_assignments(
+                p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles
+            )
+            b_log_p = tl.where(m_row[:, None], b_log_p, float("-inf"))
+            b_tops, b_totals = accumulated(b_tops, b_totals, b_log_p)
+        b_top = tl.max(b_tops, 0)
+        b_total = tl.sum(b_totals * tl.exp2(b_tops - b_top[None, :]), 0)
+        b_log_pbar = b_top + tl.log2(b_total) - log_rows
+        tl.store(p_log, b_log_pbar, mask=m_code)
+        if i_view == 0:
+            b_hits = tl.zeros((ROWS, STRIP), tl.int32)
+            for start in range(0, 2 * n, ROWS):
                 o_row = start + tl.arange(0, ROWS)
-                m_row = o_row < n
-                b_log_p = log_assignments(
-                    p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles
-                )
-                b_log_p = tl.where(m_row[:, None], b_log_p, float("-inf"))
-                b_new = tl.maximum(b_top, tl.max(b_log_p, 0))
-                b_total = b_total * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_log_p - b_new[None, :]), 0)
-                b_top = b_new
-                b_at = tl.load(p_argmax + i_view * n + o_row, mask=m_row, other=-1)
-                b_hit = (b_at[:, None] == (first + o_code)[None, :]).to(tl.int32)
-                b_used = tl.maximum(b_used, tl.max(b_hit, 0))
-            b_log_pbar = b_top + tl.log2(b_total) - log_rows
-            tl.store(p_log, b_log_pbar, mask=m_code)
-        else:
-            b_log_pbar = tl.load(p_log, mask=m_code, other=0.0)
-        if TERMS:
-            b_term = tl.where(m_code, prior_of(b_log_pbar, log_c, FORWARD), 0.0)
-            tl.store(p_prior + i_view * all_strips + i_strip, tl.sum(b_term, 0))
-            for start in range(0, n, ROWS):
-                o_row = start + tl.arange(0, ROWS)
-                m_row = o_row < n
-                b_log_p = log_assignments(
-                    p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles
-                )
-                b_pg = prior_gradient(b_log_p, tl.exp2(b_log_p), b_log_pbar[None, :], log_c, FORWARD)
-                b_a = tl.sum(tl.where(m_code[None, :], b_pg, 0.0), 1)
-                tl.store(p_rows + i_strip.to(tl.int64) * 2 * n + i_view * n + o_row, b_a, mask=m_row)
-    if SUMS and TERMS:
-        tl.store(p_used + i_strip, tl.sum(b_used, 0))
-    elif SUMS:
-        tl.store(p_used + o_code, b_used, mask=m_code)
+                b_at = tl.load(p_argmax + o_row, mask=o_row < 2 * n, other=-1)
+                b_hits |= (b_at[:, None] == (first + o_code)[None, :]).to(tl.int32)
+            b_used = tl.max(b_hits, 0)
+            if TERMS:
+                tl.store(p_used + i_strip, tl.sum(b_used, 0))
+            else:
+                tl.store(p_used + o_code, b_used, mask=m_code)
+    else:
+        b_log_pbar = tl.load(p_log, mask=m_code, other=0.0)
+    if TERMS:
+        b_term = tl.where(m_code, prior_of(b_log_pbar, log_c, FORWARD), 0.0)
+        tl.store(p_prior + i_view * all_strips + i_strip, tl.sum(b_term, 0))
+        for start in range(0, n, ROWS):
+            o_row = start + tl.arange(0, ROWS)
+            m_row = o_row < n
+            b_log_p = log_assignments(
+                p_d, p_tile_max, p_max, p_sum, o_row, m_row, o_code, i_view, i_tile, n, width, tiles
+            )
+            b_pg = prior_gradient(b_log_p, tl.exp2(b_log_p), b_log_pbar[None, :], log_c, FORWARD)
+            b_a = tl.sum(tl.where(m_code[None, :], b_pg, 0.0), 1)
+            tl.store(p_rows + i_strip.to(tl.int64) * 2 * n + i_view * n + o_row, b_a, mask=m_row)
 
 
 def columns(
@@ -168,17 +180,18 @@ def columns(
     is a log-sum-exp of those. `used` is then flags; with both it is counts; with `terms` alone it is not touched.
     """
     _, n, width = d.shape
+    strip = state.strip
     launch(
         columns_kernel,
-        (triton.cdiv(count, STRIP),),
+        (triton.cdiv(count, strip), 2),
         d,
         tile_maximum,
         rows.maximum,
         rows.sum,
         rows.argmax,
         state.log_pbar[:, first:],
-        state.prior[:, first // STRIP :],
-        state.used[first if sums and not terms else first // STRIP :],
+        state.prior[:, first // strip :],
+        state.used[first if sums and not terms else first // strip :],
         partial,
         n,
         count,
@@ -192,9 +205,9 @@ def columns(
         FORWARD=scales.forward,
         SUMS=sums,
         TERMS=terms,
-        STRIP=STRIP,
+        STRIP=strip,
         TILE=TILE,
-        ROWS=COLUMN_ROWS,
+        ROWS=BLOCK // strip,
         num_warps=8,
     )
 

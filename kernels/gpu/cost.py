@@ -3,24 +3,31 @@
 Per loss forward and backward, with G = 4 N f c FLOP (both views' logits formed once) and N c pairs of logits:
 
     stored      2 G on the tensor cores (logits once, dZ W^T once), 20 bytes of memory traffic a pair: fp16 logits of both views
-                written, read for the columns, read and overwritten with dZ, read by the product; 6 exponentials a pair
+                written, read for the columns, read and overwritten with dZ, read by the product; 6 exponentials a pair;
+                2 f c bytes more for each product that takes expanded codes
     streaming   4 G (logits three times), 28 bytes a pair, but through the second cache; 8 exponentials
     hadamard    5 transforms of both views of 2 (A + 2 B) FLOP a logit with A B = f; 12 exponentials; hardly any traffic
     reference   2 G in float32 and 296 bytes a pair (eager PyTorch, each softmax once), of which 24 are saved for backward
 
 Predicted times add products, traffic and exponentials: they bound each other's overlap from above. What a device reaches is
-written in `DEVICES`; the figures for products and traffic are published or measured ones of a library's kernels, the share that
-our own products reach of them is an estimate until benchmarks/results has a measurement.
+written in `DEVICES`: published or measured figures of a library's kernels. Measured on an H100 (triton 3.6, torch 2.11) are
+cuBLAS's product (772 TFLOP/s for 8192^3, 788 for dZ W^T in chunks of 8192 codes), the 3.1 TB/s of a fill, and the shares below
+that our kernels reach; the A100's figures and the H200's memory are not.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET, dense_plan, hadamard_plan, hadamard_served
+from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET, EXPANDED_CODES, dense_plan, hadamard_plan, hadamard_served
 
-OWN_PRODUCT = 0.7  # of the library's rate: signs are expanded between two products, not beside them
-OWN_TRANSFORM = 0.35  # small products, with shuffles between
+# Of the library's rate: signs are expanded between two products, not beside them (270 TFLOP/s for 1024 images; 239 for 64 images'
+# logits, but 83 for their dZ W^T, before its blocks were halved to give every processor work).
+PACKED_PRODUCT = 0.35
+EXPANDED_PRODUCT = 0.75  # 0.95 ms for 0.55 TFLOP, logits' statistics included, after 0.10 ms of expanding
+# Small products with shuffles between: 2.06 ms for (1024, 2048, 65536), 1.29 of it for the columns before they got a fifth fewer
+# instructions and two programs a processor.
+TRANSFORM = 0.12
 LAUNCH_SECONDS = 4e-6
 
 
@@ -39,8 +46,8 @@ class Device(NamedTuple):
 
 DEVICES = {
     "a100": Device("A100", (8, 0), 108, 250e12, 18e12, 1.7e12, 4.0e12, 2.4e12),
-    "h100": Device("H100", (9, 0), 132, 700e12, 50e12, 3.0e12, 5.5e12, 3.7e12),
-    "h200": Device("H200", (9, 0), 132, 727e12, 50e12, 4.3e12, 5.5e12, 3.7e12),
+    "h100": Device("H100", (9, 0), 132, 772e12, 50e12, 3.0e12, 5.5e12, 3.7e12),
+    "h200": Device("H200", (9, 0), 132, 772e12, 50e12, 4.3e12, 5.5e12, 3.7e12),
 }
 
 
@@ -73,26 +80,33 @@ def candidates(n: int, f: int, c: int, codes: str, device: Device, memory_budget
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
     facts = (device.capability, device.processors)
     logits, pairs = 4.0 * n * f * c, float(n) * c
-    own = OWN_PRODUCT * device.half_products
     found = []
     if codes == "hadamard" and hadamard_served(f):
         transform = hadamard_plan(n, f, c, *facts)
         flop = 5 * 2 * pairs * 2 * (transform.b + 2 * transform.a if transform.a > 1 else f)
-        seconds = flop / (OWN_TRANSFORM * device.half_products) + 12 * pairs / device.exponentials + 7 * LAUNCH_SECONDS
+        seconds = flop / (TRANSFORM * device.half_products) + 12 * pairs / device.exponentials + 7 * LAUNCH_SECONDS
         found.append(Candidate("hadamard", flop, 24.0 * c, seconds, transform.peak, transform.peak <= budget))
     else:
         for name in ("stored", "streaming"):
             dense = dense_plan(n, f, c, name == "stored", budget, *facts)
             ranges = -(-c // dense.width)
-            product = logits / (device.half_products if dense.library else own)
+            chunks = ranges * -(-min(dense.width, c) // EXPANDED_CODES)
+            packed = PACKED_PRODUCT * device.half_products
+            forming, product, forming_launches, product_launches = logits / packed, logits / packed, ranges, ranges
+            if dense.logits.expanded:
+                forming = logits / (EXPANDED_PRODUCT * device.half_products) + 2 * f * c / device.memory
+                forming_launches = 2 * chunks
+            if dense.library:
+                product = logits / device.half_products + 2 * f * c / device.memory
+                product_launches = 2 * chunks
             if name == "stored":
                 flop, traffic = 2 * logits, 20 * pairs
-                seconds = logits / own + product + traffic / device.memory + 6 * pairs / device.exponentials
-                launches = 8
+                seconds = forming + product + traffic / device.memory + 6 * pairs / device.exponentials
+                launches = 6 + forming_launches + product_launches
             else:
                 flop, traffic = 4 * logits, 28 * pairs
-                seconds = 3 * logits / own + product + traffic / device.cache + 8 * pairs / device.exponentials
-                launches = 3 + 8 * ranges
+                seconds = 3 * forming + product + traffic / device.cache + 8 * pairs / device.exponentials
+                launches = 2 + 4 * ranges + 3 * forming_launches + product_launches
             found.append(
                 Candidate(name, flop, traffic, seconds + launches * LAUNCH_SECONDS, dense.peak, dense.peak <= budget)
             )

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from falcon_fast.kernels.gpu.columns import ColumnState, Scales, prior_gradient
+from falcon_fast.kernels.gpu.expand import expand_codes
 from falcon_fast.kernels.gpu.launch import launch, multiply
 from falcon_fast.kernels.gpu.plan import TILE, ProductTiles
 from falcon_fast.kernels.gpu.rows import RowState
@@ -212,41 +213,13 @@ def packed_product(dz: torch.Tensor, words: torch.Tensor, out: torch.Tensor, til
     )
 
 
-@triton.jit
-def expand_kernel(p_words, p_out, count, f, words_per_code, CODES: tl.constexpr, WORDS: tl.constexpr):
-    o_code = tl.program_id(0) * CODES + tl.arange(0, CODES)
-    o_word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    m = (o_code < count)[:, None] & (o_word < words_per_code)[None, :]
-    b_words = tl.load(p_words + o_code[:, None].to(tl.int64) * words_per_code + o_word[None, :], mask=m, other=0)
-    b_bits = (b_words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    b_signs = (2 * b_bits - 1).to(tl.float16).reshape(CODES, 32 * WORDS)
-    o_feature = tl.program_id(1) * (32 * WORDS) + tl.arange(0, 32 * WORDS)
-    m_out = (o_code < count)[:, None] & (o_feature < f)[None, :]
-    tl.store(p_out + o_code[:, None].to(tl.int64) * f + o_feature[None, :], b_signs, mask=m_out)
-
-
-def expand_codes(words: torch.Tensor, out: torch.Tensor) -> None:
-    """Packed signs (count, words a code) as fp16 `out` (count, f)."""
-    count, f = out.shape
-    launch(
-        expand_kernel,
-        (triton.cdiv(count, 16), triton.cdiv(words.shape[1], 8)),
-        words,
-        out,
-        count,
-        f,
-        words.shape[1],
-        CODES=16,
-        WORDS=8,
-        num_warps=4,
-    )
-
-
-def library_product(dz: torch.Tensor, words: torch.Tensor, dense: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """The same by torch's matrix product, on codes expanded into `dense`, fp16 (at least count, f); out: (1, rows, f)."""
+def library_product(
+    dz: torch.Tensor, words: torch.Tensor, expanded: torch.Tensor, out: torch.Tensor, add: bool
+) -> None:
+    """The same by torch's matrix product, on codes expanded into `expanded`, fp16 (at least count, f); out: (1, rows, f)."""
     count = words.shape[0]
-    expand_codes(words, dense[:count])
-    multiply(dz[:, :count], dense[:count], out[0], add)
+    expand_codes(words, expanded[:count], ordered=True)
+    multiply(dz[:, :count], expanded[:count], out[0], add)
 
 
 @triton.jit

@@ -6,7 +6,15 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.columns import ColumnState, Scales, count_used, log_sum_over, prior_gradient, prior_of
+from falcon_fast.kernels.gpu.columns import (
+    ColumnState,
+    Scales,
+    accumulated,
+    count_used,
+    log_sum_over,
+    prior_gradient,
+    prior_of,
+)
 from falcon_fast.kernels.gpu.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.finish import Parts, Readings, finish
 from falcon_fast.kernels.gpu.gradient import logit_gradients, row_terms
@@ -124,54 +132,56 @@ def columns_kernel(
     ROWS: tl.constexpr,
 ):
     F: tl.constexpr = A * B
-    i_strip = tl.program_id(0)
+    i_strip, i_view = tl.program_id(0), tl.program_id(1)
     i_block, i_part = i_strip // (B // WIDTH), i_strip % (B // WIDTH)
     b_h_b = hadamard_columns(i_part * WIDTH, B, WIDTH)
     b_h_a = hadamard_matrix(A)
     o_place = i_strip * (WIDTH * A) + tl.arange(0, WIDTH * A)
     b_flips = block_flips(p_words, i_block, F)
-    b_used = tl.zeros((WIDTH * A,), tl.int32)
-    for i_view in tl.static_range(2):
-        p_view = p_h + i_view * tl.cast(padded_n, tl.int64) * F
-        p_log = p_log_pbar + i_view * padded_c + o_place
-        if SUMS:
-            b_top = tl.full((WIDTH * A,), float("-inf"), tl.float32)
-            b_total = tl.zeros((WIDTH * A,), tl.float32)
-            for start in range(0, n, ROWS):
+    p_view = p_h + i_view * tl.cast(padded_n, tl.int64) * F
+    p_log = p_log_pbar + i_view * padded_c + o_place
+    if SUMS:
+        b_tops = tl.full((ROWS, WIDTH * A), -3.0e38, tl.float32)
+        b_totals = tl.zeros((ROWS, WIDTH * A), tl.float32)
+        for start in range(0, n, ROWS):
+            o_row = start + tl.arange(0, ROWS)
+            m_row = o_row < n
+            o = i_view * n + o_row
+            b_shift = tl.load(p_max + o, mask=m_row, other=0.0) + tl.log2(tl.load(p_sum + o, mask=m_row, other=1.0))
+            b_scale = tl.load(p_scale + i_view * padded_n + o_row, mask=m_row, other=0.0)
+            b_x = flipped_rows(p_view, o_row, m_row, b_flips, ROWS, F)
+            b_z = transformed(b_x, b_h_b, b_h_a, ROWS, A, B, WIDTH)
+            b_log_p = tl.where(m_row[:, None], b_z * b_scale[:, None] - b_shift[:, None], float("-inf"))
+            b_tops, b_totals = accumulated(b_tops, b_totals, b_log_p)
+        b_top = tl.max(b_tops, 0)
+        b_total = tl.sum(b_totals * tl.exp2(b_tops - b_top[None, :]), 0)
+        b_log_pbar = b_top + tl.log2(b_total) - log_rows
+        tl.store(p_log, b_log_pbar)
+        if i_view == 0:
+            b_used = tl.zeros((WIDTH * A,), tl.int32)
+            for start in range(0, 2 * n, ROWS):
                 o_row = start + tl.arange(0, ROWS)
-                m_row = o_row < n
-                o = i_view * n + o_row
-                b_shift = tl.load(p_max + o, mask=m_row, other=0.0) + tl.log2(tl.load(p_sum + o, mask=m_row, other=1.0))
-                b_scale = tl.load(p_scale + i_view * padded_n + o_row, mask=m_row, other=0.0)
-                b_x = flipped_rows(p_view, o_row, m_row, b_flips, ROWS, F)
-                b_z = transformed(b_x, b_h_b, b_h_a, ROWS, A, B, WIDTH)
-                b_log_p = tl.where(m_row[:, None], b_z * b_scale[:, None] - b_shift[:, None], float("-inf"))
-                b_new = tl.maximum(b_top, tl.max(b_log_p, 0))
-                b_total = b_total * tl.exp2(b_top - b_new) + tl.sum(tl.exp2(b_log_p - b_new[None, :]), 0)
-                b_top = b_new
-                b_at = tl.load(p_argmax + o, mask=m_row, other=-1)
+                b_at = tl.load(p_argmax + o_row, mask=o_row < 2 * n, other=-1)
                 b_used = tl.maximum(b_used, tl.max((b_at[:, None] == o_place[None, :]).to(tl.int32), 0))
-            b_log_pbar = b_top + tl.log2(b_total) - log_rows
-            tl.store(p_log, b_log_pbar)
-        else:
-            b_log_pbar = tl.load(p_log)
-        if TERMS:
-            tl.store(p_prior + i_view * strips + i_strip, tl.sum(prior_of(b_log_pbar, log_c, FORWARD), 0))
-            for start in range(0, n, ROWS):
-                o_row = start + tl.arange(0, ROWS)
-                m_row = o_row < n
-                o = i_view * n + o_row
-                b_shift = tl.load(p_max + o, mask=m_row, other=0.0) + tl.log2(tl.load(p_sum + o, mask=m_row, other=1.0))
-                b_scale = tl.load(p_scale + i_view * padded_n + o_row, mask=m_row, other=0.0)
-                b_x = flipped_rows(p_view, o_row, m_row, b_flips, ROWS, F)
-                b_z = transformed(b_x, b_h_b, b_h_a, ROWS, A, B, WIDTH)
-                b_log_p = b_z * b_scale[:, None] - b_shift[:, None]
-                b_pg = prior_gradient(b_log_p, tl.exp2(b_log_p), b_log_pbar[None, :], log_c, FORWARD)
-                tl.store(p_rows + i_strip.to(tl.int64) * 2 * n + o, tl.sum(b_pg, 1), mask=m_row)
-    if SUMS and TERMS:
-        tl.store(p_used + i_strip, tl.sum(b_used, 0))
-    elif SUMS:
-        tl.store(p_used + o_place, b_used)
+            if TERMS:
+                tl.store(p_used + i_strip, tl.sum(b_used, 0))
+            else:
+                tl.store(p_used + o_place, b_used)
+    else:
+        b_log_pbar = tl.load(p_log)
+    if TERMS:
+        tl.store(p_prior + i_view * strips + i_strip, tl.sum(prior_of(b_log_pbar, log_c, FORWARD), 0))
+        for start in range(0, n, ROWS):
+            o_row = start + tl.arange(0, ROWS)
+            m_row = o_row < n
+            o = i_view * n + o_row
+            b_shift = tl.load(p_max + o, mask=m_row, other=0.0) + tl.log2(tl.load(p_sum + o, mask=m_row, other=1.0))
+            b_scale = tl.load(p_scale + i_view * padded_n + o_row, mask=m_row, other=0.0)
+            b_x = flipped_rows(p_view, o_row, m_row, b_flips, ROWS, F)
+            b_z = transformed(b_x, b_h_b, b_h_a, ROWS, A, B, WIDTH)
+            b_log_p = b_z * b_scale[:, None] - b_shift[:, None]
+            b_pg = prior_gradient(b_log_p, tl.exp2(b_log_p), b_log_pbar[None, :], log_c, FORWARD)
+            tl.store(p_rows + i_strip.to(tl.int64) * 2 * n + o, tl.sum(b_pg, 1), mask=m_row)
 
 
 @triton.jit
@@ -291,7 +301,7 @@ def hadamard_loss(
     def columns(sums: bool, terms: bool) -> None:
         launch(
             columns_kernel,
-            (state.strips,),
+            (state.strips, 2),
             h,
             scale,
             words,

@@ -1,4 +1,4 @@
-"""Logits of a dense dictionary for a range of codes, from packed signs, with their row statistics.
+"""Logits of a dense dictionary for a range of codes, with their row statistics.
 
 One program forms both views' logits of a block of images and codes in one accumulator (rows in the paired order) and takes
 for each row and tile of 128 codes, in units of log 2,
@@ -9,6 +9,11 @@ for each row and tile of 128 codes, in units of log 2,
 The statistics are those of the stored logits, not of the exact ones: everything after is then exact for logits that are off by
 half a unit in fp16's last place, where mixing the two would leave differences of large numbers. A tile spans 128 codes
 because with 512 the distance to the maximum, and so fp16's error, is large enough to double the gradient's.
+
+Codes are expanded from their bits between the products, or, for many images on Hopper, to fp16 in memory before: through shared
+memory expanding costs as much as the product (2.03 ms for 1024 images, f = 2048 and 65536 codes on an H100, 270 TFLOP/s, against
+1.05 with 0.10 of expanding included, 525). Expanded codes as the left operand, from registers, take 1.02, but triton 3.6 then
+writes the next step's signs into registers that products under way still read: one of seven block shapes gave wrong logits.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from falcon_fast.kernels.gpu.expand import expand_codes
 from falcon_fast.kernels.gpu.launch import launch
-from falcon_fast.kernels.gpu.plan import TILE, LogitsTiles
+from falcon_fast.kernels.gpu.plan import EXPANDED_CODES, TILE, LogitsTiles
 from falcon_fast.kernels.gpu.tiles import ABSENT, expand_signs, not_below, split_views
 
 
@@ -25,7 +31,7 @@ from falcon_fast.kernels.gpu.tiles import ABSENT, expand_signs, not_below, split
 def logits_kernel(
     p_h,  # fp16 [2 padded_n, padded_f], paired
     p_scale,  # [2 padded_n]
-    p_words,  # int32 [codes, words_per_code], from the range's first code
+    p_codes,  # int32 [codes, words_per_code], from the range's first code; or fp16 [codes, padded_f], from code `skipped` of it
     p_d,  # fp16 [2, n, width]
     p_max,  # [2, tiles, n]
     p_sum,  # [2, tiles, n]
@@ -34,6 +40,7 @@ def logits_kernel(
     n,
     count,  # codes in the range
     first,  # the range's first code
+    skipped,
     padded_f,
     words_per_code,
     width,
@@ -41,26 +48,35 @@ def logits_kernel(
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     DEPTH: tl.constexpr,
+    EXPANDED: tl.constexpr,
     TILE: tl.constexpr,
     STORE: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):
     TILES: tl.constexpr = CODES // TILE
-    # Programs with the same codes follow one another: their words come from the cache, and the embeddings are in it anyway.
-    i_rows, i_codes = tl.program_id(0), tl.program_id(1)
+    # Programs with the same codes follow one another: they come from the cache, and the embeddings are in it anyway.
+    i_rows, i_codes = tl.program_id(0), skipped // CODES + tl.program_id(1)
     o_both = i_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)
     o_code = i_codes * CODES + tl.arange(0, CODES)
-    p_a = p_h + o_both[:, None].to(tl.int64) * padded_f + tl.arange(0, DEPTH)[None, :]
+    o_depth = tl.arange(0, DEPTH)
     o_word = tl.arange(0, DEPTH // 32)
-    p_b = p_words + o_code[:, None].to(tl.int64) * words_per_code + o_word[None, :]
+    p_a = p_h + o_both[:, None].to(tl.int64) * padded_f + o_depth[None, :]
+    if EXPANDED:
+        p_b = p_codes + (o_code - skipped)[None, :].to(tl.int64) * padded_f + o_depth[:, None]
+    else:
+        p_b = p_codes + o_code[:, None].to(tl.int64) * words_per_code + o_word[None, :]
     m_code = o_code < count
     b_u = tl.zeros((2 * ROWS, CODES), tl.float32)
     for start in range(0, padded_f, DEPTH):
         b_h = tl.load(p_a)
-        b_words = tl.load(p_b, mask=m_code[:, None] & (start // 32 + o_word < words_per_code)[None, :], other=0)
-        b_u = tl.dot(b_h, expand_signs(b_words).trans(), b_u)
+        if EXPANDED:
+            b_u = tl.dot(b_h, tl.load(p_b), b_u)
+            p_b += DEPTH
+        else:
+            b_words = tl.load(p_b, mask=m_code[:, None] & (start // 32 + o_word < words_per_code)[None, :], other=0)
+            b_u = tl.dot(b_h, expand_signs(b_words).trans(), b_u)
+            p_b += DEPTH // 32
         p_a += DEPTH
-        p_b += DEPTH // 32
     b_u *= tl.load(p_scale + o_both)[:, None]
     b_u = tl.where(m_code[None, :], b_u, float("-inf"))
 
@@ -115,6 +131,7 @@ def dense_logits(
     h: torch.Tensor,
     scale: torch.Tensor,
     words: torch.Tensor,
+    expanded: torch.Tensor | None,
     first: int,
     d: torch.Tensor | None,
     maxima: torch.Tensor,
@@ -123,34 +140,44 @@ def dense_logits(
 ) -> None:
     """Logits of the codes `words` (count, words a code), which start at code `first`.
 
-    h, scale: from `cast_embeddings`, paired. Written: maxima (2, tiles, N), and unless None d (2, N, width) and `statistics`.
+    h, scale: from `cast_embeddings`, paired. expanded: where `tiles` ask for it, room for `plan.EXPANDED_CODES` codes, or all, in
+    whole blocks, fp16 (codes, padded f). Written: maxima (2, tiles, N), and unless None d (2, N, width) and `statistics`.
     """
     count, words_per_code = words.shape
     _, count_tiles, n = maxima.shape
-    launch(
-        logits_kernel,
-        (triton.cdiv(n, tiles.rows), triton.cdiv(count_tiles * TILE, tiles.codes)),
-        h,
-        scale,
-        words,
-        h if d is None else d,
-        maxima,
-        maxima if statistics is None else statistics.sum,
-        maxima if statistics is None else statistics.cross,
-        words if statistics is None else statistics.argmax,
-        n,
-        count,
-        first,
-        h.shape[1],
-        words_per_code,
-        count_tiles * TILE,
-        count_tiles,
-        ROWS=tiles.rows,
-        CODES=tiles.codes,
-        DEPTH=tiles.depth,
-        TILE=TILE,
-        STORE=d is not None,
-        STATISTICS=statistics is not None,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    width = count_tiles * TILE
+    at_once = EXPANDED_CODES if tiles.expanded else width
+    for at in range(0, width, at_once):
+        if tiles.expanded:
+            assert expanded is not None
+            chunk = words[at : at + at_once]
+            expand_codes(chunk, expanded[: chunk.shape[0]], ordered=False)
+        launch(
+            logits_kernel,
+            (triton.cdiv(n, tiles.rows), triton.cdiv(min(at_once, width - at), tiles.codes)),
+            h,
+            scale,
+            expanded if tiles.expanded else words,
+            h if d is None else d,
+            maxima,
+            maxima if statistics is None else statistics.sum,
+            maxima if statistics is None else statistics.cross,
+            words if statistics is None else statistics.argmax,
+            n,
+            count,
+            first,
+            at,
+            h.shape[1],
+            words_per_code,
+            width,
+            count_tiles,
+            ROWS=tiles.rows,
+            CODES=tiles.codes,
+            DEPTH=tiles.depth,
+            EXPANDED=tiles.expanded,
+            TILE=TILE,
+            STORE=d is not None,
+            STATISTICS=statistics is not None,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )

@@ -24,8 +24,7 @@ from falcon_fast.kernels.gpu.gradient import dz_in_place, library_product, packe
 from falcon_fast.kernels.gpu.launch import device_facts
 from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
 from falcon_fast.kernels.gpu.plan import (
-    LIBRARY_CODES,
-    STRIP,
+    EXPANDED_CODES,
     TILE,
     DensePlan,
     HadamardPlan,
@@ -50,6 +49,10 @@ class _Ranges:
         self.c, self.words, self.plan, self.device = c, words, plan, h1.device
         padded_n, padded_f = ceil_to(self.n, plan.logits.rows), ceil_to(self.f, plan.logits.depth)
         self.h, self.scale, self.norm = cast_embeddings(h1, h2, tau, padded_n, padded_f, paired=True)
+        self.expanded = None
+        if plan.logits.expanded or plan.library:
+            codes = ceil_to(min(EXPANDED_CODES, plan.width), plan.logits.codes)
+            self.expanded = torch.empty(codes, padded_f, dtype=torch.float16, device=self.device)
         self.d = torch.empty(2 * self.n * plan.width, dtype=torch.float16, device=self.device)
         self.maxima = torch.empty(2 * self.n * (plan.width // TILE), device=self.device)
 
@@ -71,6 +74,7 @@ class _Ranges:
             self.h,
             self.scale,
             self.words[first : first + count],
+            self.expanded,
             first,
             d if keep else None,
             maxima,
@@ -109,11 +113,11 @@ def dense_loss(
         merge_rows(ranges.stored(count)[1], statistics, rows, fresh=first == 0)
         del statistics
 
-    state = ColumnState(c, STRIP, group is not None, device)
+    state = ColumnState(c, plan.strip, group is not None, device)
     quantum, readings = torch.empty(2, 2, n, device=device), Readings.empty(device)
     for first, count in ranges:
         d, maxima = ranges.again(first, count)
-        partial = torch.empty(-(-count // STRIP), 2, n, device=device)
+        partial = torch.empty(-(-count // plan.strip), 2, n, device=device)
         if group is None:
             columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=True)
         else:
@@ -141,17 +145,18 @@ def dense_loss(
         return readings, None
 
     parts = torch.empty(plan.splits, 2 * n, f, device=device)
-    if plan.library:
-        dense = torch.empty(min(LIBRARY_CODES, plan.width), f, dtype=torch.float16, device=device)
     for first, count in ranges:
         d, maxima = ranges.again(first, count)
         dz_in_place(d, maxima, rows, quantum, state, first, count, scales)
         dz = d.view(2 * n, -1)
         if plan.library:
-            for at in range(0, count, LIBRARY_CODES):
-                part = min(LIBRARY_CODES, count - at)
+            assert ranges.expanded is not None
+            codes = ranges.expanded.shape[0]
+            expanded = ranges.expanded.view(-1)[: codes * f].view(codes, f)
+            for at in range(0, count, EXPANDED_CODES):
+                part = min(EXPANDED_CODES, count - at)
                 chunk = words[first + at : first + at + part]
-                library_product(dz[:, at : at + part], chunk, dense, parts, add=first + at > 0)
+                library_product(dz[:, at : at + part], chunk, expanded, parts, add=first + at > 0)
         else:
             packed_product(dz, words[first : first + count], parts, plan.product, add=first > 0)
     return readings, Parts(parts, quantum)

@@ -9,26 +9,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 TILE = 128  # codes under one maximum
-STRIP = 64  # codes whose columns one program reduces: 128 bytes of each row of stored logits
+STRIP = 64  # codes whose columns of a view one program reduces: 128 bytes of each row of stored logits
+LEAST_STRIP = 16  # a whole sector of memory, 32 bytes
 
 DEFAULT_BUDGET = 4 * 2**30  # what `auto` takes at most: stored logits are 2.4 GiB at (1024, 2048, 524288)
 RANGE_BYTES = 24 * 2**20  # stored logits of one range of a streaming sweep: they stay in the second cache (A100: 40 MB)
-LIBRARY_CODES = 8192  # codes expanded to fp16 at a time: 32 MiB at f = 2048
-LIBRARY_ROWS = (
-    1024  # of both views, from which expanding the codes for the library's product is the smaller cost [model]
-)
+EXPANDED_CODES = 8192  # codes expanded to fp16 at a time: 32 MiB at f = 2048
+# Rows of both views from which expanding the codes, for the logits and for the library's product, is the smaller cost. On an H100
+# it takes 0.10 ms for 2048 x 65536 signs, our products on packed codes 2.0 ms for them and 2048 rows, on expanded ones 0.9.
+EXPANDED_ROWS = {9: 256}
+LIBRARY_ROWS = 1024  # elsewhere [model]
 MOST_SPLITS = 8
 SHORTEST_SPLIT = 1024
 
 
 class LogitsTiles(NamedTuple):
-    """Images, codes and features of a block of the logits product, its warps and pipeline stages."""
+    """Images, codes and features of a block of the logits product, its warps and stages; whether codes are expanded before."""
 
     rows: int
     codes: int
     depth: int
     warps: int
     stages: int
+    expanded: bool = False
 
 
 class ProductTiles(NamedTuple):
@@ -46,6 +49,7 @@ class DensePlan(NamedTuple):
 
     stored: bool
     width: int
+    strip: int
     logits: LogitsTiles
     product: ProductTiles
     library: bool
@@ -57,26 +61,25 @@ def ceil_to(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def logits_tiles(n: int, c: int, capability: tuple[int, int], processors: int) -> LogitsTiles:
-    """The block of the logits product.
-
-    A Hopper processor multiplies faster than the second cache delivers 128 x 128 blocks of fp16 (64 bytes a cycle of about
-    25); packed codes make it 33, and 256 codes a block 18. The wide block needs all 512 threads' registers.
-    """
-    if (
-        n <= 32 or capability[0] == 10
-    ):  # Blackwell's accumulators lie in rows of lanes: taking the views apart costs registers
+def logits_tiles(n: int, capability: tuple[int, int]) -> LogitsTiles:
+    """The block of the logits product; on Hopper of expanded codes for many images (tuning.ALTERNATIVES has the others)."""
+    if n <= 32 or capability[0] == 10:
+        # Blackwell's accumulators lie in rows of lanes: taking the views apart costs registers.
         return LogitsTiles(32, 128, 64, 8, 3)
-    if capability[0] == 9:
-        programs = -(-n // 64) * -(-c // 256)
-        return LogitsTiles(64, 256, 64, 16, 3) if programs >= processors else LogitsTiles(64, 128, 64, 8, 3)
+    if capability[0] == 9 and 2 * n >= EXPANDED_ROWS[9]:
+        return LogitsTiles(64, 128, 64, 4, 3, expanded=True)
     return LogitsTiles(64, 128, 64, 8, 3)
 
 
-def product_tiles(capability: tuple[int, int]) -> ProductTiles:
-    """The block of dZ W^T. On sm_80 128 rows spill where their number is no multiple of 16; 64 take 178 registers."""
+def product_tiles(rows: int, f: int, capability: tuple[int, int], processors: int) -> ProductTiles:
+    """The block of dZ W^T. On sm_80 128 rows spill where their number is no multiple of 16; 64 take 178 registers.
+
+    On Hopper blocks of 256 features, but for few rows, where they would leave half of the processors without work.
+    """
     if capability[0] == 9:
-        return ProductTiles(128, 256, 64, 16, 3)
+        blocks = -(-rows // 128) * -(-f // 256)
+        if 2 * blocks * MOST_SPLITS > processors:
+            return ProductTiles(128, 256, 64, 16, 3)
     return ProductTiles(64 if capability[0] == 8 else 128, 128, 64, 8, 3)
 
 
@@ -84,28 +87,35 @@ def dense_plan(
     n: int, f: int, c: int, stored: bool, memory_budget: int | None, capability: tuple[int, int], processors: int
 ) -> DensePlan:
     """The plan for `n` images a view; a streaming one goes in narrower ranges where `memory_budget` bytes ask for it."""
-    logits, product = logits_tiles(n, c, capability, processors), product_tiles(capability)
+    logits, product = logits_tiles(n, capability), product_tiles(2 * n, f, capability, processors)
     padded_c = ceil_to(c, TILE)
     blocks = -(-2 * n // product.rows) * -(-f // product.features)
     splits = max(1, min(processors // blocks, MOST_SPLITS, padded_c // SHORTEST_SPLIT))
-    library = 2 * n >= LIBRARY_ROWS
+    library = 2 * n >= EXPANDED_ROWS.get(capability[0], LIBRARY_ROWS)
     if library:
         splits = 1
 
+    def strip_of(width: int) -> int:
+        strip = STRIP
+        while strip > LEAST_STRIP and width // strip < processors:  # at least two programs each, of the two views
+            strip //= 2
+        return strip
+
     def peak(width: int) -> int:
+        strip = strip_of(width)
         embeddings = 2 * ceil_to(n, logits.rows) * (2 * ceil_to(f, logits.depth) + 8)
         rows = 2 * n * 4 * 8
-        columns = 2 * padded_c * 4 + 3 * 4 * (padded_c // STRIP)
+        columns = 2 * padded_c * 4 + 3 * 4 * (padded_c // strip)
         parts = splits * 2 * n * f * 4
-        codes = 2 * f * min(LIBRARY_CODES, width) if library else 0
-        # Of a range: stored logits, tile statistics, and partial sums of a (which come when the statistics but one are gone).
-        of_range = 2 * n * width * 2 + 2 * n * (width // TILE) * 4 * 4
+        codes = 2 * ceil_to(f, logits.depth) * min(EXPANDED_CODES, width) if library else 0
+        # Of a range: stored logits, maxima of tiles, and their statistics or, when these are gone, partial sums of a.
+        of_range = 2 * n * width * 2 + 2 * n * (width // TILE) * 4 * (1 + max(3, TILE // strip))
         return embeddings + rows + columns + of_range + parts + codes
 
     width = padded_c if stored else min(padded_c, max(8 * TILE, RANGE_BYTES // (4 * n) // (8 * TILE) * (8 * TILE)))
     while not stored and memory_budget is not None and width > TILE and peak(width) > memory_budget:
         width = ceil_to(width // 2, TILE)
-    return DensePlan(stored, width, logits, product, library, splits, peak(width))
+    return DensePlan(stored, width, strip_of(width), logits, product, library, splits, peak(width))
 
 
 def check_budget(what: str, peak: int, n: int, f: int, c: int, memory_budget: int | None) -> None:
@@ -147,8 +157,10 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     width = b
     while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
         width //= 2
-    at_once = 8192 if capability[0] == 9 else 2048 if f > 256 else 1024  # logits of a view; more spills
+    # Logits at a time: on sm_90 registers are left for a second program (120 of 8 warps, or 195 of 4), elsewhere more spills.
+    at_once = 4096 if capability[0] == 9 else 2048 if f > 256 else 1024
     column_rows = max(1 if a > 1 else 16, at_once // (width * a))
+    column_warps = 4 if capability[0] == 9 and column_rows * a < 128 else 8
 
     def splits_for(programs: int) -> int:
         return max(1, min(blocks, -(-2 * processors // programs)))
@@ -159,4 +171,4 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     strips = blocks * (b // width)
     needed = 4 * n * f + 2 * n * 4 * (10 + 4 * splits + strips + gradient_splits * f) + 2 * ceil_to(c, TILE) * 4
     needed += 12 * strips + 64
-    return HadamardPlan(a, b, rows, splits, width, column_rows, 8, gradient_rows, gradient_splits, 8, needed)
+    return HadamardPlan(a, b, rows, splits, width, column_rows, column_warps, gradient_rows, gradient_splits, 8, needed)
