@@ -1,4 +1,5 @@
-"""The data pipeline: source images/s of the whole and of the loaders alone, and the photometric stage, compiled against eager.
+"""The data pipeline: source images/s of the whole and of the loaders alone, and the photometric stage, in C++ and compiled
+against eager.
 
 `pytest --benchmark benchmarks/bench_data.py`. Photographs are the full-size JPEGs of `../shared/data/imagenet-sample`; what needs
 them is skipped without. The rival does what most trainers do: torchvision v2 on PIL images in two DataLoader workers, the
@@ -21,10 +22,10 @@ from falcon_fast.data import loader
 from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.batch import Batch
 from falcon_fast.data.folders import IMAGENET_MEAN, IMAGENET_STD
-from falcon_fast.data.fused import photometric_stage
 from falcon_fast.data.images import ImageArray, ImageFiles, Source, Split, header_size
-from falcon_fast.data.photometric import augment, to_tensors
+from falcon_fast.data.photometric import to_tensors
 from falcon_fast.data.sampling import Clock
+from falcon_fast.data.stage import photometric_stage
 
 from .conftest import interleaved
 
@@ -111,16 +112,15 @@ def batches_of(name: str, source: Source, recipe: Augmentation, batch: int, devi
 def test_whole_pipeline(table) -> None:
     """Files in, normalised views out."""
     source = photographs()
-    stage = photometric_stage(RECIPE, "compiled", True)
+    stage = photometric_stage(RECIPE, "cpu")
 
     def ours() -> Iterator[torch.Tensor]:
         for batch in batches_of("dali", source, RECIPE, BATCH, CPU):
             yield stage(batch.views, batch.parameters, MEAN, STD)
 
-    next(ours())  # compiles
     starts: dict[str, Callable[[], Iterator[object]]] = {
         "torchvision v2, PIL, 2 workers": lambda: rival(source),
-        "DALI, compiled photometrics": ours,
+        "DALI, C++ photometrics": ours,
     }
     found = rates(starts, BATCH)
     baseline = found["torchvision v2, PIL, 2 workers"]
@@ -162,10 +162,10 @@ def test_photometric_stage(table, name: str, size: int, views: int) -> None:
     recipe = AUGMENTATIONS[name]
     parameters = to_tensors(Clock(0, views // 2, views // 2, recipe).at(0).photometric, CPU)
     images = torch.randint(0, 256, (views, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    stage = photometric_stage(recipe, "compiled", True)
+    stages = {mode: photometric_stage(recipe, mode) for mode in ("eager", "compiled", "cpu")}
     functions = {
-        "eager": lambda: augment(images, parameters, MEAN, STD, recipe),
-        "compiled": lambda: stage(images, parameters, MEAN, STD),
+        mode: lambda stage=stage: stage(images, parameters, MEAN, STD)  # type: ignore[misc]
+        for mode, stage in stages.items()
     }
     seconds = interleaved(functions, 5)
     for mode, value in seconds.items():
@@ -183,7 +183,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_resident_on_a_gpu(table) -> None:
     """Two augmented 32 px views, the clock included; an epoch is 98 steps."""
     source, recipe, device = small_images(), AUGMENTATIONS["cifar-asymmetric"], torch.device("cuda")
-    stage, (mean, std) = photometric_stage(recipe, "compiled", True), source.normalization(device)
+    stage, (mean, std) = photometric_stage(recipe, "compiled", device=device), source.normalization(device)
     batches = batches_of("resident", source, recipe, 512, device)
     steps = 300
     for step, batch in zip(range(steps + 20), batches, strict=False):
@@ -203,7 +203,7 @@ def test_data_wait_on_a_gpu(table, model: str) -> None:
     import timm
 
     source, device = photographs(), torch.device("cuda")
-    stage, (mean, std) = photometric_stage(RECIPE, "compiled", True), source.normalization(device)
+    stage, (mean, std) = photometric_stage(RECIPE, "compiled", device=device), source.normalization(device)
     network = timm.create_model(model, num_classes=0).to(device, memory_format=torch.channels_last)
     network = torch.compile(network)
     batches = batches_of("dali", source, RECIPE, 128, device)

@@ -24,7 +24,7 @@ from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
-PHOTOMETRIC = ("auto", "eager", "compiled", "triton")
+PHOTOMETRIC = ("auto", "eager", "cpu", "compiled", "triton")
 SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
@@ -47,7 +47,7 @@ class DataConfig:
     workers: int = (
         -1
     )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
-    photometric: str = "auto"  # jitter to normalise: eager, compiled, triton, or auto, compiled where that pays
+    photometric: str = "auto"  # jitter to normalise: eager, cpu (C++), compiled, triton; auto: cpu, on a GPU compiled
     max_bad_fraction: float = 0.01  # of the training images that may be unreadable; one always may, unless this is 0
 
 

@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 from falcon_fast.kernels.gpu import augmentation, resources
 
 from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
-from falcon_fast.data.fused import photometric_stage, triton_stage
 from falcon_fast.data.photometric import augment, normalize, to_tensors
+from falcon_fast.data.stage import photometric_stage, triton_stage
 from falcon_fast.errors import UsageError
 
 from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
@@ -163,25 +163,25 @@ def test_gray_and_extreme_pixels_stay_finite() -> None:
 
 
 def test_it_is_a_setting_and_says_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_fast.data import fused
+    from falcon_fast.data import stage as module
 
     images, p = photos(4).to(DEVICE), to_tensors(drawn(4, EVERYTHING), DEVICE)
-    stage = photometric_stage(EVERYTHING, "triton", False, device=DEVICE, dtype=torch.float16)
+    stage = photometric_stage(EVERYTHING, "triton", device=DEVICE, dtype=torch.float16)
     views = stage(images, p, mean, std)
     assert views.dtype == torch.float16 and torch.equal(views, stage(images, p, mean, std))
-    monkeypatch.setattr(fused, "why_no_triton", lambda device: "it needs an NVIDIA GPU")
+    monkeypatch.setattr(module, "why_no_triton", lambda device: "it needs an NVIDIA GPU")
     with pytest.raises(UsageError, match=r"does not work here \(it needs an NVIDIA GPU\): set data.photometric=auto"):
-        photometric_stage(EVERYTHING, "triton", False, device=DEVICE)
+        photometric_stage(EVERYTHING, "triton", device=DEVICE)
 
 
 def test_it_is_taken_when_asked_for_and_not_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_fast.data import fused
+    from falcon_fast.data import stage as module
 
-    monkeypatch.setattr(fused, "why_no_triton", lambda device: None)
-    monkeypatch.setattr(fused, "triton_stage", lambda recipe, dtype: lambda *_: "triton")
-    monkeypatch.setattr(fused, "_compiled_stage", lambda recipe: lambda *_: "compiled")
+    monkeypatch.setattr(module, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(module, "triton_stage", lambda recipe, dtype: lambda *_: "triton")
+    monkeypatch.setattr(module, "compiled_stage", lambda recipe: lambda *_: "compiled")
     for mode, expected in (("auto", "compiled"), ("triton", "triton")):
-        stage = photometric_stage(EVERYTHING, mode, True, device=torch.device("cuda"))
+        stage = photometric_stage(EVERYTHING, mode, device=torch.device("cuda"))
         assert stage(*[torch.empty(0)] * 4) == expected
 
 

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.data.fused import pays, photometric_stage
 from falcon_fast.data.loader import training_batches
 from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.stage import photometric_stage
 from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
@@ -50,12 +50,8 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    # Decided for the whole run, so that a resumed one computes the same.
-    count, threads = 2 * config.training.batch_size // processes.world_size, torch.get_num_threads()
-    worthwhile = run.device.type == "cuda" or pays(total, count, run.source.size, threads)
-    photometric = photometric_stage(
-        run.augmentation, config.data.photometric, worthwhile, say, run.device, run.amp_dtype or torch.float32
-    )
+    dtype = run.amp_dtype or torch.float32
+    photometric = photometric_stage(run.augmentation, config.data.photometric, say, run.device, dtype)
     quarantine = _quarantine(run, directory, say)
     metrics_file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step) if processes.main else None
     if start_step == 0:

@@ -22,7 +22,7 @@ void parallel(std::size_t threads, std::size_t phases, std::size_t tasks,
 // At least `count` T, uninitialised and aligned to 64 bytes: the calling thread's own, and kept for its next call. Memory fresh
 // from the system costs 1.5 us a page here, 0.8 ms for the 2 MiB of a Hadamard segment's logits. `Use` keeps apart what
 // lives at the same time. T must be trivial.
-enum class Use { kLogits, kQuantised, kScale, kPanel, kRows, kDiagonals, kCount };
+enum class Use { kLogits, kQuantised, kScale, kPanel, kRows, kDiagonals, kView, kCount };
 void *scratch_bytes(Use, std::size_t bytes);
 template <typename T> T *scratch(Use use, std::size_t count) {
     return static_cast<T *>(scratch_bytes(use, count * sizeof(T)));
