@@ -42,7 +42,7 @@ class DataConfig:
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"
-    loader: str = "auto"  # auto: resident for what fits (on a CPU: digits), DALI for image files, else workers
+    loader: str = "auto"  # auto: resident for what fits, DALI for image files, else workers
     resident_mib: int = 2048  # up to this, decoded, a data set may lie on the device
     workers: int = (
         -1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from falcon_fast.kernels import cpu_extension
-from falcon_fast.kernels.cpu.augmentation import DTYPES
+from falcon_fast.kernels.cpu.views import DTYPES
 
 from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.photometric import augment, normalize, to_tensors

@@ -26,6 +26,8 @@ from falcon_fast.data.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
 from falcon_fast.data.workers import fitted, warp
+from falcon_fast.kernels import cpu_extension
+from falcon_fast.kernels.cpu.views import resize_crops
 
 SUPPORT = 2.0  # of the bicubic filter, in pixels
 PRECISION_BITS = 22  # of Pillow's weights
@@ -124,6 +126,10 @@ class ResidentImages:
         else:
             pixels, sizes = self._decoded(images, quarantine)
         self.pixels = torch.from_numpy(pixels).to(device)
+        # On a CPU the crops are C++'s; by matrices in float64, as below, they take 60 times as long.
+        self.host = (
+            np.ascontiguousarray(pixels) if device.type == "cpu" and not affine and cpu_extension is not None else None
+        )
         self.sizes = sizes  # int64 (n, 2), width and height
         self.labels = None if split.labels is None else torch.from_numpy(split.labels).to(device)
 
@@ -152,10 +158,13 @@ class ResidentImages:
         return pixels, sizes
 
     def views(self, indices: torch.Tensor, geometry: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-        """Both views of n images: uint8 (2 n, 3, S, S), channels_last. No host value is read: a CUDA graph can hold it.
+        """Both views of n images: uint8 (2 n, 3, S, S), channels_last. On a GPU no host value is read: a CUDA graph can hold it.
 
         indices: int64 (n,).  geometry: boxes int64 (2, n, 4), or affine maps float32 (2, n, 2, 3).  flips: bool (2, n).
         """
+        if self.host is not None:
+            rows = [self.host[index] for index in indices.tolist()]
+            return resize_crops(rows, geometry.numpy(), flips.numpy(), self.size).permute(0, 3, 1, 2)
         images = self.pixels[indices]
         if self.affine:
             return warp(images, geometry.flatten(0, 1), flips.flatten()).permute(0, 3, 1, 2)

@@ -87,7 +87,7 @@ def _why_no_cpp(device: torch.device) -> str | None:
 
 def cpu_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
     """`photometric.augment` in C++: (N, 3, H, W) in bfloat16 if that is `dtype`, else in float32, channels_last."""
-    from falcon_fast.kernels.cpu.augmentation import augment_views
+    from falcon_fast.kernels.cpu.views import augment_views
 
     a = augmentation
     max_sigma = a.blur_sigma[1] if max(a.blur_probability) > 0 else 0.0

@@ -343,4 +343,5 @@ NB_MODULE(_cpu, module) {
     bind_strips(module);
     bind_hadamard(module);
     bind_augmentation(module);
+    bind_crops(module);
 }

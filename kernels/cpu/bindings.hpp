@@ -17,3 +17,4 @@ std::size_t team_size(int threads);          // of at least 1
 const falcon::Level &level_in_use();
 
 void bind_augmentation(nanobind::module_ &);
+void bind_crops(nanobind::module_ &);

@@ -562,6 +562,7 @@ void add_hadamard(float *z, const float *diagonal, std::size_t f, float *sum) {
 } // namespace
 
 void FALCON_JOIN(FALCON_LEVEL, _augment_view)(const View &, const ViewScratch &); // view.cpp
+void FALCON_JOIN(FALCON_LEVEL, _resize)(const Resize &);                         // resize.cpp
 
 const Level &FALCON_JOIN(FALCON_LEVEL, _level)() {
     static constexpr Level level = {FALCON_STRING(FALCON_LEVEL),
@@ -585,7 +586,8 @@ const Level &FALCON_JOIN(FALCON_LEVEL, _level)() {
                                     expand_diagonal,
                                     hadamard,
                                     add_hadamard,
-                                    FALCON_JOIN(FALCON_LEVEL, _augment_view)};
+                                    FALCON_JOIN(FALCON_LEVEL, _augment_view),
+                                    FALCON_JOIN(FALCON_LEVEL, _resize)};
     return level;
 }
 

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "resize.hpp"
 #include "view.hpp"
 
 namespace falcon {
@@ -98,6 +99,8 @@ struct Level {
 
     // The photometric stage of one view (view.hpp).
     void (*augment_view)(const View &, const ViewScratch &);
+    // A region resized (resize.hpp).
+    void (*resize)(const Resize &);
 };
 
 const Level &portable_level();
