@@ -77,7 +77,7 @@ void augment_views(const Level &level, std::size_t threads, const Views &views) 
         float *own_taps = take(taps);
         for (std::size_t i = task * grain; i < std::min(views.count, (task + 1) * grain); ++i)
             level.augment_view(view_of(views, i, own_taps), scratch);
-    });
+    }, team_for(views.count * views.height * views.width));
 }
 
 } // namespace falcon

@@ -77,7 +77,7 @@ void resize_crops(const Level &level, std::size_t threads, const Crop *crops, st
             level.resize({crop.image + crop.top * crop.stride + 3 * crop.left, crop.stride, crop.height, crop.width,
                           size, x, y, crop.out, bytes, bytes + tile, bytes + tile + resized});
         }
-    });
+    }, team_for(count * size * size));
 }
 
 } // namespace falcon
