@@ -24,7 +24,7 @@ from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
-PHOTOMETRIC = ("auto", "eager", "compiled", "triton")
+PHOTOMETRIC = ("auto", "eager", "cpu", "compiled", "triton")
 SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
@@ -42,12 +42,12 @@ class DataConfig:
     path: str = ""  # where the images are; digits need none
     size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
     augmentation: str = "imagenet-asymmetric"
-    loader: str = "auto"  # auto: resident for what fits (on a CPU: digits), DALI for image files, else workers
+    loader: str = "auto"  # auto: resident for what fits, DALI for image files, else workers
     resident_mib: int = 2048  # up to this, decoded, a data set may lie on the device
     workers: int = (
         -1
     )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
-    photometric: str = "auto"  # jitter to normalise: eager, compiled, triton, or auto, compiled where that pays
+    photometric: str = "auto"  # jitter to normalise: eager, cpu (C++), compiled, triton; auto: cpu, on a GPU compiled
     max_bad_fraction: float = 0.01  # of the training images that may be unreadable; one always may, unless this is 0
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.fused import photometric_stage
 from falcon_fast.data.loader import training_batches
+from falcon_fast.data.stage import photometric_stage
 from falcon_fast.errors import UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import compiled, trainer
@@ -31,7 +31,7 @@ def backend(request, monkeypatch):
 def losses(steps: int, lr: float = 2e-3, **settings) -> list[float]:
     changes = SETTINGS | {"optimizer.lr": lr} | settings
     run = prepare(validate(override(load_recipe("digits"), changes)))
-    photometric = photometric_stage(run.augmentation, "eager", False, print)
+    photometric = photometric_stage(run.augmentation, "eager", print)
     mean, std = run.source.normalization(run.device)
     found = []
     for batch in training_batches(run.loader, run.source, run.clock, range(steps), run.device, 0):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +21,8 @@ pytest.importorskip("triton")
 from falcon_fast.kernels.gpu import augmentation, resources
 
 from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
-from falcon_fast.data.fused import photometric_stage, triton_stage
 from falcon_fast.data.photometric import augment, normalize, to_tensors
+from falcon_fast.data.stage import photometric_stage, triton_stage
 from falcon_fast.errors import UsageError
 
 from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
@@ -164,29 +166,111 @@ def test_gray_and_extreme_pixels_stay_finite() -> None:
     check(images, strong(4), EVERYTHING)
 
 
+# ---- kernels that are wrong must be found out -----------------------------------------------------------------------------
+
+# What is wrong: the right source and the wrong one.
+MUTANTS = {
+    "luma of blue for red": ("0.2989 * b_red + 0.587 * b_green + 0.114", "0.114 * b_red + 0.587 * b_green + 0.2989"),
+    "levels of 256": ("tl.full(b_red.shape, 255.0", "tl.full(b_red.shape, 256.0"),
+    "nothing clamped": ("return tl.minimum(tl.maximum(b_x, 0.0), 1.0)", "return b_x"),
+    "hue turned back": ("+ 6.0 * turns", "- 6.0 * turns"),
+    "hue of a green pixel": ("tl.where(m_green, 2.0, 4.0)", "tl.where(m_green, 3.0, 4.0)"),
+    "hue not modulo a turn": ("b_sextant - 6.0 * tl.floor(b_sextant * (1.0 / 6.0))", "b_sextant"),
+    "green as blue": ("b_sextant + 3.0", "b_sextant + 1.0"),
+    "order ignored": ("operation = tl.load(p_order + i_place).to(tl.int32)", "operation = i_place"),
+    "saturation towards black": ("tl.where(operation == SATURATION, 1.0 - factor, 0.0)", "0.0"),
+    "contrast towards black": ("tl.where(operation == CONTRAST, 1.0 - factor, 0.0)", "0.0"),
+    "mean of the finished jitter": ("== CONTRAST, i_place, 0)", "== CONTRAST, 4, 0)"),
+    "mean over a block's pixels": ("tl.sum(b_sums) / pixels", "tl.sum(b_sums) / block_pixels"),
+    "left border repeated": ("o_before = tl.abs(o_along - k)", "o_before = tl.maximum(o_along - k, 0)"),
+    "right border repeated": (
+        "o_after = side - 1 - tl.abs(side - 1 - o_along - k)",
+        "o_after = tl.minimum(o_along + k, side - 1)",
+    ),
+    "window not normalised": ("return b_sum / total", "return b_sum"),
+    "sigma for its square": ("-0.5 / (sigma * sigma)", "-0.5 / sigma"),
+    "window too narrow": ("reach = math.ceil(3 * recipe.max_sigma)", "reach = math.ceil(recipe.max_sigma)"),
+    "columns of the red plane alone": ("p_plane + CHANNEL * pixels", "p_plane"),
+    "gray of the first view": ("tl.load(p_gray + i_image)", "tl.load(p_gray)"),
+    "blue left out of gray": ("b_blue = tl.where(m_gray, b_gray, b_blue)", "b_blue = b_blue"),
+    "all solarised": (" & (invert != 0)", ""),
+    "threshold itself left": ("b_x >= threshold", "b_x > threshold"),
+    "std of red": ("tl.load(p_std + CHANNEL)", "tl.load(p_std)"),
+    "mean of red": ("tl.load(p_mean + CHANNEL)", "tl.load(p_mean)"),
+    "blocks of their padded size": ("o = i_block * block_pixels + o_local", "o = i_block * BLOCK + o_local"),
+    "rows of a table taken for packed": ("p_factors += i_image * stride_factors", "p_factors += i_image * 4"),
+    "pixels taken for packed": ("(o % WIDTH) * stride_w", "(o % WIDTH)"),
+}
+
+
+def is_right(module) -> bool:
+    """Whether the stage of this module does everything to some views as the reference does, in one block a view and in three."""
+    images = photos(6, 29, 20).to(DEVICE, memory_format=CHANNELS_LAST)
+    images[5, 0].view(-1)[:256] = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    p = strong(6)._replace(
+        order=np.array([[3, 2, 1, 0], [1, 0, 3, 2], [2, 3, 0, 1], [0, 1, 2, 3], [1, 3, 2, 0], [0, 1, 2, 3]], np.int8),
+        gray=np.array([0, 0, 0, 0, 1, 0], bool),
+        sigma=np.array([0, 2.0, 0, 1.2, 0, 0], np.float32),
+        solarize=np.array([0, 0, 0, 1, 0, 1], bool),
+    )
+    for factors, off_ in ((p.brightness, 1), (p.contrast, 1), (p.saturation, 1), (p.hue, 0)):
+        factors[5] = off_  # only solarised, which no rounding excuses
+    p = to_tensors(p, DEVICE)
+    recipe = module.Recipe((True,) * 4, True, 2.0, True, 128 / 255)
+    expected = augment(images, p, mean, std, EVERYTHING)
+    for whole, block in ((module.WHOLE, module.BLOCK), (0, 256)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "WHOLE", whole)
+            patch.setattr(module, "BLOCK", block)
+            ours = module.augment_views(
+                images, p.factors, p.order, p.gray, p.sigma, p.solarize, mean, std, recipe, torch.float32
+            )
+        if not torch.equal(ours[5], expected[5]) or (ours - expected).abs().mean().nan_to_num(nan=1.0) > 1e-6:
+            return False
+    return True
+
+
+def test_the_right_kernels_are_right() -> None:
+    assert is_right(augmentation)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_kernels_are_found_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = MUTANTS[name]
+    source = Path(augmentation.__file__).read_text()
+    assert right in source
+    module = f"augmentation_mutant_{list(MUTANTS).index(name)}"
+    (tmp_path / f"{module}.py").write_text(source.replace(right, wrong))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert not is_right(importlib.import_module(module))
+    finally:
+        sys.modules.pop(module, None)
+
+
 # ---- which implementation a run takes ----------------------------------------------------------------------------------------
 
 
 def test_it_is_a_setting_and_says_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_fast.data import fused
+    from falcon_fast.data import stage as module
 
     images, p = photos(4).to(DEVICE), to_tensors(drawn(4, EVERYTHING), DEVICE)
-    stage = photometric_stage(EVERYTHING, "triton", False, device=DEVICE, dtype=torch.float16)
+    stage = photometric_stage(EVERYTHING, "triton", device=DEVICE, dtype=torch.float16)
     views = stage(images, p, mean, std)
     assert views.dtype == torch.float16 and torch.equal(views, stage(images, p, mean, std))
-    monkeypatch.setattr(fused, "why_no_triton", lambda device: "it needs an NVIDIA GPU")
+    monkeypatch.setattr(module, "why_no_triton", lambda device: "it needs an NVIDIA GPU")
     with pytest.raises(UsageError, match=r"does not work here \(it needs an NVIDIA GPU\): set data.photometric=auto"):
-        photometric_stage(EVERYTHING, "triton", False, device=DEVICE)
+        photometric_stage(EVERYTHING, "triton", device=DEVICE)
 
 
 def test_it_is_taken_when_asked_for_and_not_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_fast.data import fused
+    from falcon_fast.data import stage as module
 
-    monkeypatch.setattr(fused, "why_no_triton", lambda device: None)
-    monkeypatch.setattr(fused, "triton_stage", lambda recipe, dtype: lambda *_: "triton")
-    monkeypatch.setattr(fused, "_compiled_stage", lambda recipe: lambda *_: "compiled")
+    monkeypatch.setattr(module, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(module, "triton_stage", lambda recipe, dtype: lambda *_: "triton")
+    monkeypatch.setattr(module, "compiled_stage", lambda recipe: lambda *_: "compiled")
     for mode, expected in (("auto", "compiled"), ("triton", "triton")):
-        stage = photometric_stage(EVERYTHING, mode, True, device=torch.device("cuda"))
+        stage = photometric_stage(EVERYTHING, mode, device=torch.device("cuda"))
         assert stage(*[torch.empty(0)] * 4) == expected
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from falcon_fast.config import DataConfig, load_recipe, override, validate
-from falcon_fast.data import dali
+from falcon_fast.data import dali, loader
 from falcon_fast.data.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.data.images import ImageArray, Source, Split
 from falcon_fast.data.loader import choose_loader, training_batches
@@ -55,17 +55,22 @@ def chosen(source: Source, device: torch.device = CPU, recipe: str = "imagenet-a
     return name
 
 
-def test_auto_takes_the_fastest_that_works(photos: Source, digits: Source, image_folder: Path) -> None:
-    assert chosen(photos) == "dali"
+@pytest.mark.parametrize("extension", [True, False])
+def test_auto_takes_the_fastest_that_works(
+    photos: Source, digits: Source, image_folder: Path, monkeypatch: pytest.MonkeyPatch, extension: bool
+) -> None:
+    monkeypatch.setattr(loader, "cpu_extension", object() if extension else None)
+    assert chosen(photos) == ("resident" if extension else "dali")  # 40 images of 24 KB fit anywhere
     assert chosen(photos, resident_mib=0) == "dali"
-    assert chosen(photos, CUDA) == "resident"  # 40 images of 24 KB fit on any GPU
+    assert chosen(photos, CUDA) == "resident"
     assert chosen(digits, recipe="digits") == "resident"
     assert chosen(digits, recipe="digits", resident_mib=0) == "workers"
-    assert chosen(open_source(DataConfig(path=str(image_folder)))) == "dali"
+    assert chosen(open_source(DataConfig(path=str(image_folder))), resident_mib=0) == "dali"
     large = Source(
         Split(ImageArray(np.zeros((9, 64, 64, 3), np.uint8)), None), photos.test, (), 64, (0.5,) * 3, (0.5,) * 3, "x"
     )
-    assert chosen(large) == "workers" and chosen(large, CUDA) == "resident"
+    assert chosen(large) == ("resident" if extension else "workers")
+    assert chosen(large, resident_mib=0) == "workers" and chosen(large, CUDA) == "resident"
 
 
 def test_a_name_is_kept(photos: Source, digits: Source) -> None:

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.fused import photometric_stage
 from falcon_fast.data.loader import training_batches
 from falcon_fast.data.sources import open_source
+from falcon_fast.data.stage import photometric_stage
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, parallel, trainer
@@ -91,7 +91,7 @@ def exact_steps(processes: Processes, prior: str, strategy: str = "ddp", steps: 
     run = exact_run(
         SETTINGS | {"loss.prior": prior, "optimizer.name": "sgd", "optimizer.lr": 0.05}, processes, strategy
     )
-    photometric = photometric_stage(run.augmentation, "eager", False, print)
+    photometric = photometric_stage(run.augmentation, "eager", print)
     mean, std = run.source.normalization(run.device)
     losses = []
     share = (processes.rank, processes.world_size)

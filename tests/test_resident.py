@@ -32,6 +32,15 @@ def array_split() -> Split:
     return Split(ImageArray(random.randint(0, 256, (50, 32, 32, 3)).astype(np.uint8)), np.arange(50) % 7)
 
 
+@pytest.fixture(params=["C++", "torch"])
+def crops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made by the extension, and by matrices as on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(resident, "cpu_extension", None)
+    elif resident.cpu_extension is None:
+        pytest.skip("extension not built")
+
+
 def check_same(split: Split, recipe: str, batch_size: int, size: int, steps: range, exact: bool = True) -> None:
     clock = Clock(11, len(split.images), batch_size, AUGMENTATIONS[recipe])
     ours = list(resident.training_batches(split, clock, size, steps, CPU))
@@ -62,7 +71,7 @@ def test_any_region_is_pillows(sides: tuple[int, int], size: int, flip: bool, se
     assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected[:, ::-1] if flip else expected)
 
 
-def test_batches_are_those_of_the_workers_bit_for_bit(array_split: Split) -> None:
+def test_batches_are_those_of_the_workers_bit_for_bit(array_split: Split, crops: None) -> None:
     check_same(array_split, "cifar-asymmetric", 12, 32, range(10))  # into the third epoch
     check_same(array_split, "symmetric", 25, 17, range(2), exact=False)
     check_same(array_split, "digits", 16, 32, range(4))
@@ -73,7 +82,7 @@ def test_the_digits_are_those_of_the_workers_bit_for_bit() -> None:
     check_same(source.train, "digits", 64, source.size, range(21, 24))
 
 
-def test_files_of_different_sizes_and_kinds(tmp_path: Path) -> None:
+def test_files_of_different_sizes_and_kinds(tmp_path: Path, crops: None) -> None:
     paths = write_every_kind(tmp_path / "kinds")
     for i in range(6):
         paths.append(tmp_path / f"{i}.png")
@@ -83,6 +92,7 @@ def test_files_of_different_sizes_and_kinds(tmp_path: Path) -> None:
 
 
 def test_a_large_batch_is_cropped_in_parts(array_split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "cpu_extension", None)
     monkeypatch.setattr(resident, "CHUNK", 32 * 32 * 3 * 7)
     check_same(array_split, "cifar-asymmetric", 12, 32, range(2))
 

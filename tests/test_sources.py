@@ -299,6 +299,16 @@ def test_unreadable_files_are_left_out_and_counted(image_folder: Path) -> None:
     assert any(note.startswith("1 file ") for note in folder(image_folder).notes)
 
 
+def test_what_is_passed_over_is_said(image_folder: Path) -> None:
+    for name in ("list.csv", "notes.TXT", "more.txt", "README"):
+        (image_folder / "dark" / name).write_text("x")
+    (image_folder / "dark" / ".hidden").write_text("x")
+    Image.new("RGB", (20, 20)).save(image_folder / "light" / "moving.gif")
+    notes = folder(image_folder).notes
+    assert "4 files left out by extension (.txt .csv none)" in notes
+    assert any(note.startswith("1 file is no readable image") and "moving.gif" in note for note in notes)
+
+
 def test_a_folder_that_cannot_be_listed_is_counted(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
     (image_folder / "closed").mkdir()

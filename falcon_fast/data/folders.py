@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +24,7 @@ from falcon_fast.data.manifest import Entry
 from falcon_fast.errors import UsageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+LOOKED_AT = EXTENSIONS | {".gif"}  # which no loader reads: it is named as unreadable rather than passed over
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FOLDER_SIZE = 224
 HELD_OUT = 0.1  # of a folder that has no test split
@@ -36,13 +38,20 @@ def _leads_back(folder: Path) -> bool:
     return any(parent.resolve().is_relative_to(target) for parent in folder.parents)
 
 
-def image_paths(root: Path) -> list[Path]:
-    """The image files of a folder, by their extensions, sorted; links are followed, hidden files and folders are not."""
+def image_paths(root: Path, others: Counter[str] | None = None) -> list[Path]:
+    """The image files of a folder, by their extensions, sorted; links are followed, hidden files and folders are not.
+
+    others: takes how many files there are of each other extension.
+    """
     found: list[Path] = []
     # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
     for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
-        found.extend(Path(folder, f) for f in files if Path(f).suffix.lower() in EXTENSIONS and f[0] != ".")
+        for path in (Path(folder, name) for name in files if name[0] != "."):
+            if (extension := path.suffix.lower()) in LOOKED_AT:
+                found.append(path)
+            elif others is not None:
+                others[extension] += 1
     return sorted(found)
 
 
@@ -70,16 +79,23 @@ def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
 
 
 def _look(root: Path, places: Sequence[Path], only: frozenset[str] | None) -> tuple[dict[Path, Entry], tuple[str, ...]]:
-    """What is known of all image files in these places below `root`, and lines on the manifest."""
+    """What is known of all image files in these places below `root`, and lines on what was left out and on the manifest."""
     if only:
         places = [place / name for place in places for name in sorted(only)]
-    paths = [path for place in places for path in image_paths(place)]
+    others: Counter[str] = Counter()
+    paths = [path for place in places for path in image_paths(place, others)]
     entries, differing = manifest.scan(root, places, paths)
-    notes: tuple[str, ...] = ()
+    notes = []
+    if others:
+        names = " ".join(shown(extension or "none") for extension, _ in others.most_common(5))
+        notes.append(f"{_files(others.total())} left out by extension ({names}{' ...' if len(others) > 5 else ''})")
     if differing:
-        files = "1 file" if differing == 1 else f"{differing} files"
-        notes = (f"the manifest of {shown(root)} did not match it ({files}): rebuilt",)
-    return dict(zip(paths, entries, strict=True)), notes
+        notes.append(f"the manifest of {shown(root)} did not match it ({_files(differing)}): rebuilt")
+    return dict(zip(paths, entries, strict=True)), tuple(notes)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def open_imagenet100(root: Path, size: int) -> Source:

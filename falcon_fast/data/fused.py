@@ -8,44 +8,21 @@ What keeps a compiler from making one loop of the eager form, and what is done a
 - Channels are three planes, never concatenated before the blur: gray, hue and the blends are pointwise.
 - The remainder of the hue formula has no vector form in the compiler; a floor has.
 - Reflected borders are materialised (`as_strided` makes the compiler do so): as index arithmetic they keep the 13 taps scalar.
-- On a CPU the change of layout, uint8 in and channels_last out, stays outside, with torch's own copies, and a large batch is
-  done in parts of equal size, its images in the order of the blur they need: the parts without any, and those for which half
-  the window suffices, have graphs of their own, three in all.
-
-Microseconds a view, eager / compiled, two threads of an AMD EPYC (AVX-512): ImageNet asymmetric at 224 px, batches of 64,
-7800 / 770; symmetric 8200 / 760; CIFAR asymmetric at 32 px, batches of 512, 40 / 16. On one thread, batches of 32 at 224 px: 4400
-to 4800 / 1100 to 1300.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from falcon_fast.data.augmentation import Augmentation
-from falcon_fast.data.images import reason_of
-from falcon_fast.data.photometric import GRAY_WEIGHTS, NO_BLUR, PhotometricTensors, augment
-from falcon_fast.errors import UsageError
-from falcon_fast.kernels import why_no_triton
+from falcon_fast.data.photometric import GRAY_WEIGHTS, NO_BLUR, PhotometricTensors
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _Planes = tuple[Tensor, Tensor, Tensor]
-CPU = torch.device("cpu")
-
-# (images, parameters, mean, std) -> normalised views, as `photometric.augment` without its recipe
-Photometric = Callable[[Tensor, PhotometricTensors, Tensor, Tensor], Tensor]
-
-COMPILE_SECONDS = 60.0  # what compiling takes, and its gain must exceed; 20 to 30 on two cores
-# Floats of one buffer at once: larger than 32 MiB, glibc's largest threshold, it would be fresh memory from the system each time.
-CHUNK = 1 << 21
-NEGLIGIBLE = 5.5  # widths from a Gaussian's centre, where it is 3e-7 of its height
-SAVED_PER_PIXEL = 0.06e-6  # seconds of one CPU core, by the measurements above
 
 
 class _Chain(NamedTuple):
@@ -56,25 +33,8 @@ class _Chain(NamedTuple):
     after: tuple[Tensor, Tensor, Tensor]
 
 
-class Plan(NamedTuple):
-    """The numbers of a batch as `apply` needs them."""
-
-    to_contrast: _Chain | None  # what comes before contrast, None where the recipe has no contrast
-    whole: _Chain | None  # None where the recipe has no jitter
-    gray: Tensor
-    sigma: Tensor
-    solarize: Tensor
-
-    def part(self, rows: slice | Tensor) -> Plan:
-        """Some of the images."""
-        return tree_map(lambda tensor: None if tensor is None else tensor[rows], self)
-
-
-def plan(parameters: PhotometricTensors, augmentation: Augmentation) -> Plan:
-    """Small tensors, made once a batch: inside the loop over pixels a compiler would work them out anew for every vector."""
-    a, p = augmentation, parameters
-    if a.jitter_probability == 0:
-        return Plan(None, None, p.gray, p.sigma, p.solarize)
+def _chains(p: PhotometricTensors, a: Augmentation) -> tuple[_Chain | None, _Chain]:
+    """What comes before contrast, None where the recipe has no contrast; and the whole jitter."""
     strengths = ((_BRIGHTNESS, a.brightness), (_CONTRAST, a.contrast), (_SATURATION, a.saturation))
     operations = [operation for operation, strength in strengths if strength > 0]
     # (N, 4): at which place each operation comes.
@@ -90,42 +50,30 @@ def plan(parameters: PhotometricTensors, augmentation: Augmentation) -> Plan:
             _coefficients(p.factors, place, operations, included & ~before_hue),
         )
 
-    to_contrast = chain(place < place[:, _CONTRAST, None]) if a.contrast > 0 else None
-    return Plan(to_contrast, chain(everything), p.gray, p.sigma, p.solarize)
-
-
-def apply(
-    images: Tensor, plan: Plan, mean: Tensor, std: Tensor, augmentation: Augmentation, radius: int | None = None
-) -> Tensor:
-    """`photometric.augment` by a plan: float32 (N, 3, H, W) in any layout.
-
-    radius: of the blur's window, where all these images' Gaussians are narrower than the recipe's widest; 0 for no blur.
-    """
-    a = augmentation
-    x: _Planes = tuple(images[:, channel].float() / 255 for channel in range(3))  # type: ignore[assignment]
-    if plan.whole is not None:
-        gray_mean: Tensor | float = 0.0
-        if plan.to_contrast is not None:
-            gray_mean = _gray(_jitter(x, plan.to_contrast, 0.0, a)).mean((1, 2), keepdim=True)
-        x = _jitter(x, plan.whole, gray_mean, a)
-    if a.gray_probability > 0:
-        gray = _gray(x)
-        x = tuple(torch.where(plan.gray[:, None, None], gray, channel) for channel in x)  # type: ignore[assignment]
-    y = torch.stack(x, 1)
-    if radius is None:
-        radius = max(_radii(a))
-    if radius > 0:
-        y = _blur(y, plan.sigma, radius)
-    if max(a.solarize_probability) > 0:
-        y = torch.where(plan.solarize[:, None, None, None] & (y >= a.solarize_threshold / 255), 1 - y, y)
-    return (y - mean[:, None, None]) / std[:, None, None]
+    return chain(place < place[:, _CONTRAST, None]) if a.contrast > 0 else None, chain(everything)
 
 
 def fused(
     images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor, augmentation: Augmentation
 ) -> Tensor:
     """`photometric.augment`, but for the rounding: float32 (N, 3, H, W) in any layout."""
-    return apply(images, plan(parameters, augmentation), mean, std, augmentation)
+    a, p = augmentation, parameters
+    x: _Planes = tuple(images[:, channel].float() / 255 for channel in range(3))  # type: ignore[assignment]
+    if a.jitter_probability > 0:
+        to_contrast, whole = _chains(p, a)
+        gray_mean: Tensor | float = 0.0
+        if to_contrast is not None:
+            gray_mean = _gray(_jitter(x, to_contrast, 0.0, a)).mean((1, 2), keepdim=True)
+        x = _jitter(x, whole, gray_mean, a)
+    if a.gray_probability > 0:
+        gray = _gray(x)
+        x = tuple(torch.where(p.gray[:, None, None], gray, channel) for channel in x)  # type: ignore[assignment]
+    y = torch.stack(x, 1)
+    if max(a.blur_probability) > 0:
+        y = _blur(y, p.sigma, math.ceil(3 * a.blur_sigma[1]))
+    if max(a.solarize_probability) > 0:
+        y = torch.where(p.solarize[:, None, None, None] & (y >= a.solarize_threshold / 255), 1 - y, y)
+    return (y - mean[:, None, None]) / std[:, None, None]
 
 
 def _gray(x: _Planes) -> Tensor:
@@ -202,144 +150,3 @@ def _blur(x: Tensor, sigma: Tensor, window: int) -> Tensor:
             pair = padded.narrow(axis, radius - offset, side) + padded.narrow(axis, radius + offset, side)
             x = x + pair * weights[:, offset]
     return x
-
-
-def _radii(augmentation: Augmentation) -> tuple[int, ...]:
-    """Radii of the blur's windows, ascending, a graph each: none, the recipe's and one half as wide."""
-    if max(augmentation.blur_probability) == 0:
-        return (0,)
-    radius = math.ceil(3 * augmentation.blur_sigma[1])
-    return 0, radius // 2, radius
-
-
-def by_radius(sigma: Tensor, radii: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """Images in ascending order of the window that each needs, and those windows' radii."""
-    needed = [
-        0 if s == 0 else next((r for r in radii[1:-1] if r + 1 >= NEGLIGIBLE * s), radii[-1]) for s in sigma.tolist()
-    ]
-    order = sorted(range(len(needed)), key=needed.__getitem__)
-    return order, [needed[image] for image in order]
-
-
-def rows_at_once(images: Tensor) -> int:
-    """Into how large parts a batch is cut on a CPU: the largest that divide it and stay below CHUNK."""
-    limit = max(1, CHUNK // images[0].numel())
-    return max(rows for rows in range(1, min(limit, len(images)) + 1) if len(images) % rows == 0)
-
-
-def _fresh(shape: torch.Size) -> Tensor:
-    """Empty float32 (N, 3, H, W), channels_last. By numpy, which asks for huge pages: the faults of small ones take
-    145 us a view at 224 px, a fifth of the stage."""
-    n, channels, height, width = shape
-    return torch.from_numpy(np.empty((n, height, width, channels), np.float32)).permute(0, 3, 1, 2)
-
-
-def pays(steps: int, views: int, size: int, threads: int) -> bool:
-    """Whether compiling for a CPU gains more time than it takes, for this many steps of `views` views of `size` pixels a side."""
-    return steps * views * size * size * SAVED_PER_PIXEL / threads > COMPILE_SECONDS
-
-
-def triton_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
-    """`photometric.augment` in Triton: (N, 3, H, W) in `dtype`, channels_last, in one launch to three."""
-    from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
-
-    a = augmentation
-    jitter = a.jitter_probability > 0
-    recipe = Recipe(
-        operations=(
-            jitter and a.brightness > 0,
-            jitter and a.contrast > 0,
-            jitter and a.saturation > 0,
-            jitter and a.hue > 0,
-        ),
-        gray=a.gray_probability > 0,
-        max_sigma=a.blur_sigma[1] if max(a.blur_probability) > 0 else 0.0,
-        solarize=max(a.solarize_probability) > 0,
-        threshold=a.solarize_threshold / 255,
-    )
-
-    def stage(images: Tensor, p: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
-        return augment_views(images, p.factors, p.order, p.gray, p.sigma, p.solarize, mean, std, recipe, dtype)
-
-    return stage
-
-
-def photometric_stage(
-    augmentation: Augmentation,
-    mode: str,
-    worthwhile: bool,
-    say: Callable[[str], None] = lambda line: None,
-    device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
-) -> Photometric:
-    """The photometric stage of a run on `device`.
-
-    mode: `eager`, `compiled`, `triton`, or `auto`: compiled if `worthwhile`, eager with a line to `say` where it cannot be
-    compiled.
-    dtype: of the views that triton makes; the others make float32.
-
-    Raises:
-        UsageError: mode is `triton` and it does not run on the device; when first called, mode is `compiled` or `triton` and
-            there is no working compiler.
-    """
-    reason = why_no_triton(device)
-    if mode == "triton" and reason:
-        raise UsageError(f"data.photometric=triton does not work here ({reason}): set data.photometric=auto")
-
-    def eager(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
-        return augment(images, parameters, mean, std, augmentation)
-
-    if mode == "eager" or (mode == "auto" and not worthwhile):
-        return eager
-    if mode == "triton":  # not auto's choice before it has run on a GPU
-        stage = triton_stage(augmentation, dtype)
-    else:
-        stage = _compiled_stage(augmentation)
-    chosen: list[Photometric] = []
-
-    def first(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
-        if chosen:
-            return chosen[0](images, parameters, mean, std)
-        try:
-            views = stage(images, parameters, mean, std)
-        except Exception as error:  # the compiler raises whatever it runs into, most often that there is no g++
-            reason = reason_of(error)[:300]
-            if mode in ("compiled", "triton"):
-                raise UsageError(
-                    f"the augmentations cannot be compiled ({reason}): set data.photometric=eager"
-                ) from None
-            say(f"the augmentations cannot be compiled ({reason}): they run uncompiled, more slowly")
-            chosen.append(eager)
-            return eager(images, parameters, mean, std)
-        chosen.append(stage)
-        return views
-
-    return first
-
-
-def _compiled_stage(augmentation: Augmentation) -> Photometric:
-    whole = torch.compile(fused, fullgraph=True, dynamic=False)
-    on_cpu = torch.compile(apply, fullgraph=True, dynamic=False)
-
-    def compiled(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
-        if images.device.type != "cpu":
-            views = whole(images, parameters, mean, std, augmentation)
-            return views.contiguous(memory_format=torch.channels_last)
-        rows, radii, numbers = rows_at_once(images), _radii(augmentation), plan(parameters, augmentation)
-        if rows == len(images):
-            views = on_cpu(images.contiguous(), numbers, mean, std, augmentation)
-            return views.contiguous(memory_format=torch.channels_last)
-        order, needed = by_radius(parameters.sigma, radii)
-        numbers = numbers.part(torch.tensor(order))
-        views = _fresh(images.shape)
-        planes = torch.empty_like(images[:rows], memory_format=torch.contiguous_format)
-        for first in range(0, len(images), rows):
-            part = slice(first, first + rows)
-            for plane, image in zip(planes, order[part], strict=True):
-                plane.copy_(images[image])
-            done = on_cpu(planes, numbers.part(part), mean, std, augmentation, max(needed[part]))
-            for view, image in zip(done, order[part], strict=True):
-                views[image] = view
-        return views
-
-    return compiled

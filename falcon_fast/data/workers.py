@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.augmentation import Augmentation
 from falcon_fast.data.batch import Batch, labels_of
+from falcon_fast.data.crops import pillow_crop
 from falcon_fast.data.images import Images, Split, reason_of
 from falcon_fast.data.photometric import to_tensors
 from falcon_fast.data.quarantine import Quarantine, load_share
@@ -65,8 +66,6 @@ class _StepBatches(Dataset):
 
 def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
     """uint8 (2 B, S, S, 3): the random resized crop of each view, antialiased bicubic, mirrored where the clock says so."""
-    from PIL import Image
-
     rule = clock.augmentation.crop
     assert rule is not None
     width = np.array([image.width for image in images])
@@ -74,11 +73,8 @@ def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Te
     views = np.empty((2, len(images), size, size, 3), np.uint8)
     for view in range(2):
         boxes = crop_boxes(plan.geometry[view], height, width, rule)
-        for i, (image, (top, left, rows, columns)) in enumerate(zip(images, boxes.tolist(), strict=True)):
-            # Cropped before resizing, as torchvision does: resize(box=...) would let pixels outside the box bleed in.
-            region = image.crop((left, top, left + columns, top + rows))
-            pixels = np.asarray(region.resize((size, size), Image.Resampling.BICUBIC))
-            views[view, i] = pixels[:, ::-1] if plan.flips[view, i] else pixels
+        for i, (image, box) in enumerate(zip(images, boxes.tolist(), strict=True)):
+            views[view, i] = pillow_crop(image, box, bool(plan.flips[view, i]), size)
     return torch.from_numpy(views.reshape(-1, size, size, 3))
 
 

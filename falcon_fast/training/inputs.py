@@ -8,20 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from falcon_fast.data.fused import Photometric, pays, photometric_stage
 from falcon_fast.data.loader import training_inputs
 from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.stage import Photometric, photometric_stage
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.run import Run
 
 
 def photometric_of(run: Run, say: Callable[[str], None]) -> Photometric:
-    """The photometric stage. Decided for the whole run, so that a resumed one computes the same."""
-    config = run.config
-    count, threads = 2 * config.training.batch_size // run.processes.world_size, torch.get_num_threads()
-    worthwhile = run.device.type == "cuda" or pays(run.total_steps, count, run.source.size, threads)
+    """The run's photometric stage."""
     dtype = run.amp_dtype or torch.float32
-    return photometric_stage(run.augmentation, config.data.photometric, worthwhile, say, run.device, dtype)
+    return photometric_stage(run.augmentation, run.config.data.photometric, say, run.device, dtype)
 
 
 class Feed(NamedTuple):

@@ -2,8 +2,8 @@
 // version of torch; shapes are checked here, once, so that the kernels cannot read or write out of bounds, and nothing is
 // converted: an output that was converted would be a copy.
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "bindings.hpp"
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -17,12 +17,6 @@
 
 namespace nb = nanobind;
 
-namespace {
-
-template <typename Scalar> using Matrix = nb::ndarray<Scalar, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-template <typename Scalar> using Cube = nb::ndarray<Scalar, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-template <typename Scalar> using Vector = nb::ndarray<Scalar, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Without_gil = nb::call_guard<nb::gil_scoped_release>;
 using falcon::kTile;
 using std::size_t;
 
@@ -31,16 +25,24 @@ void require(bool holds, const char *rule) {
         throw std::invalid_argument(rule);
 }
 
-void check_words(size_t signs_rows, size_t f, size_t words_rows, size_t words_columns) {
-    require(signs_rows == words_rows && words_columns == (f + 31) / 32,
-            "packed words must have the shape (rows, ceil(f / 32)) of the signs (rows, f)");
-}
-
-const falcon::Level *chosen = falcon::levels()[0];
-
 size_t team_size(int threads) {
     require(threads >= 1, "the number of threads must be at least 1");
     return static_cast<size_t>(threads);
+}
+
+static const falcon::Level *chosen = falcon::levels()[0];
+
+const falcon::Level &level_in_use() { return *chosen; }
+
+namespace {
+
+template <typename Scalar> using Matrix = Array<Scalar, 2>;
+template <typename Scalar> using Cube = Array<Scalar, 3>;
+template <typename Scalar> using Vector = Array<Scalar, 1>;
+
+void check_words(size_t signs_rows, size_t f, size_t words_rows, size_t words_columns) {
+    require(signs_rows == words_rows && words_columns == (f + 31) / 32,
+            "packed words must have the shape (rows, ceil(f / 32)) of the signs (rows, f)");
 }
 
 falcon::Strip strip_of(const Cube<float> &z) {
@@ -340,4 +342,6 @@ NB_MODULE(_cpu, module) {
     bind_dense(module);
     bind_strips(module);
     bind_hadamard(module);
+    bind_augmentation(module);
+    bind_crops(module);
 }

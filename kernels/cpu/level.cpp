@@ -3,16 +3,8 @@
 // function compiled for AVX-512 here could otherwise be the copy that the linker keeps for every machine.
 
 #include "level.hpp"
+#include "vectors.hpp"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#define FALCON_JOIN_(a, b) a##b
-#define FALCON_JOIN(a, b) FALCON_JOIN_(a, b)
-#define FALCON_STRING_(a) #a
-#define FALCON_STRING(a) FALCON_STRING_(a)
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
@@ -22,23 +14,11 @@
 namespace falcon {
 namespace {
 
-constexpr int kLanes = FALCON_LANES;
 constexpr int kVectors = kLanes == 16 ? 4 : 2; // of a panel
 constexpr int kRows = 6;                       // of a register tile: 6 x 4 (or 6 x 2) sums, and room for the operands
 constexpr std::size_t kPanel = kVectors * kLanes;
 static_assert(kPanelMax % kPanel == 0);
 
-typedef float Floats __attribute__((vector_size(4 * kLanes), may_alias));
-typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes), may_alias));
-typedef std::int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
-typedef float LooseFloats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::uint32_t LooseWords __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-ALWAYS_INLINE Floats load(const float *p) { return *reinterpret_cast<const LooseFloats *>(p); }
-ALWAYS_INLINE Words load(const std::uint32_t *p) { return *reinterpret_cast<const LooseWords *>(p); }
-ALWAYS_INLINE void store(float *p, Floats v) { *reinterpret_cast<LooseFloats *>(p) = v; }
-ALWAYS_INLINE Floats splat(float x) { return x - Floats{}; }
-ALWAYS_INLINE Words splat(std::uint32_t x) { return x - Words{}; }
 // The second of the two where one is NaN.
 ALWAYS_INLINE Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -581,6 +561,9 @@ void add_hadamard(float *z, const float *diagonal, std::size_t f, float *sum) {
 
 } // namespace
 
+void FALCON_JOIN(FALCON_LEVEL, _augment_view)(const View &, const ViewScratch &); // view.cpp
+void FALCON_JOIN(FALCON_LEVEL, _resize)(const Resize &);                         // resize.cpp
+
 const Level &FALCON_JOIN(FALCON_LEVEL, _level)() {
     static constexpr Level level = {FALCON_STRING(FALCON_LEVEL),
                                     kPanel,
@@ -602,7 +585,9 @@ const Level &FALCON_JOIN(FALCON_LEVEL, _level)() {
                                     decode_row,
                                     expand_diagonal,
                                     hadamard,
-                                    add_hadamard};
+                                    add_hadamard,
+                                    FALCON_JOIN(FALCON_LEVEL, _augment_view),
+                                    FALCON_JOIN(FALCON_LEVEL, _resize)};
     return level;
 }
 

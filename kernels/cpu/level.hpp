@@ -13,6 +13,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "resize.hpp"
+#include "view.hpp"
+
 namespace falcon {
 
 constexpr std::size_t kTile = 128;     // codes under one maximum of the 2-byte copy, and under one scale of int16 dZ
@@ -93,6 +96,11 @@ struct Level {
     void (*hadamard)(const float *h, const float *diagonal, std::size_t f, float *z);
     // sum += D H z; z is overwritten.
     void (*add_hadamard)(float *z, const float *diagonal, std::size_t f, float *sum);
+
+    // The photometric stage of one view (view.hpp).
+    void (*augment_view)(const View &, const ViewScratch &);
+    // A region resized (resize.hpp).
+    void (*resize)(const Resize &);
 };
 
 const Level &portable_level();

@@ -74,11 +74,11 @@ thread_local Buffer buffers[static_cast<std::size_t>(Use::kCount)];
 } // namespace
 
 void parallel(std::size_t threads, std::size_t phases, std::size_t count,
-              const std::function<void(std::size_t, std::size_t)> &task) {
+              const std::function<void(std::size_t, std::size_t)> &task, Team team) {
     Tasks tasks = {task, phases, count};
     if (std::min(threads, count) <= 1 || forked)
         Tasks::work(&tasks);
-    else if (const Region region = openmp())
+    else if (const Region region = team == Team::kTorchs ? openmp() : nullptr)
         region(Tasks::work, &tasks, static_cast<unsigned>(threads), 0); // always so many: libgomp starts anew a team that grows
     else
         start_threads(std::min(threads, count), tasks);
