@@ -2,7 +2,7 @@
 
 `pytest --benchmark benchmarks/bench_engine.py`. Rates of ours are those that the run itself writes into metrics.csv, windows of
 50 steps with the loader, the logging and everything else in them, the median over the run's windows; the rival is timed over
-windows of as many steps. Runs of all take turns. The images are random, as many and as large as CIFAR-10's.
+windows of as many steps, in turn with ours. The images are random, as many and as large as CIFAR-10's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from falcon_fast.training.trainer import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the engine is timed on an NVIDIA GPU")
 
 WINDOW = 50  # steps
-ROUNDS = 2
+ROUNDS = 1
 WAYS = {
     "eager": {},
     "--cuda-graph": {"training.cuda_graph": True},
@@ -152,6 +152,8 @@ def test_vit_small(table, tmp_path) -> None:
     memory: dict[str, float] = {}
     flop = 0.0
     for name, changes in WAYS.items():
+        if name == "--cuda-graph":  # not launches are what limits here
+            continue
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run = started("imagenet100", base | changes, source, 60)
