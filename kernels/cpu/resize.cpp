@@ -83,7 +83,9 @@ ALWAYS_INLINE Ints widened(const std::uint8_t *p, int i) {
 #elif defined(__AVX2__)
     return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadu_si64(p)));
 #elif defined(__SSE2__)
-    const __m128i pairs = _mm_unpacklo_epi8(_mm_loadu_si32(p), __m128i{});
+    int four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const __m128i pairs = _mm_unpacklo_epi8(_mm_cvtsi32_si128(four), __m128i{});
     return reinterpret_cast<Ints>(_mm_unpacklo_epi16(pairs, __m128i{}));
 #else
     return Ints{p[0], p[1], p[2], p[3]};
