@@ -155,7 +155,8 @@ def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processor
     b, blocks = f // a, c // f
     rows = max(1 if a > 1 else 16, 4096 // f)
     width = b
-    while width > 16 and blocks * (b // width) < processors:  # more programs, each with fewer of a block's codes
+    # More programs, each with fewer of a block's codes; sm_100 spills with 2048.
+    while width > 16 and (blocks * (b // width) < processors or (capability[0] == 10 and width * a > 1024)):
         width //= 2
     # Logits at a time: on sm_90 registers are left for a second program (120 of 8 warps, or 195 of 4), elsewhere more spills.
     at_once = 4096 if capability[0] == 9 else 2048 if f > 256 else 1024
