@@ -402,3 +402,42 @@ def test_the_door(level):
         falcon_loss(strided[..., 0], strided[..., 1], codes, 1.0), falcon_loss(h1, h2, codes, 1.0), rtol=0, atol=0
     )
     assert math.isfinite(falcon_loss(h1, h2, codes, 1.0).loss.item())
+
+
+@pytest.mark.parametrize("codes", [RademacherCodes(40, 100), HadamardCodes(64, 128), HadamardCodes(8, 16)])
+def test_opcheck(level, codes):
+    from falcon_fast.kernels.cpu.loss import loss_op
+
+    h1, h2 = (h.requires_grad_() for h in embeddings(0, 4, codes.f))
+    settings = (codes.words, codes.c, isinstance(codes, HadamardCodes), 2.0, 1.0, "reverse", "", "auto", None)
+    torch.library.opcheck(loss_op, (h1, h2, *settings, True))
+    with torch.no_grad():
+        torch.library.opcheck(loss_op, (h1.detach(), h2.detach(), *settings, False))
+
+
+def test_the_gradient_may_be_asked_for_twice_and_scaled():
+    codes = RademacherCodes(32, 100)
+    h1, h2 = embeddings(0, 5, 32)
+    out = falcon_loss(h1.requires_grad_(), h2, codes, 2.0, implementation="cpu")
+    (first,) = torch.autograd.grad(out.loss, h1, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(-3 * out.loss, h1)
+    torch.testing.assert_close(second, -3 * kept)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_break_to_the_same_bits(dtype):
+    codes = RademacherCodes(40, 100)
+    h1, h2 = (h.to(dtype) for h in embeddings(0, 4, 40))
+
+    def step(a, b):
+        out = falcon_loss(a * 1.0, b, codes, 2.0, implementation="cpu")
+        return out.loss * 2, out.codes_used
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        a, b = h1.clone().requires_grad_(), h2.clone().requires_grad_()
+        value, used = function(a, b)
+        results.append((value, used, *torch.autograd.grad(value, (a, b))))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

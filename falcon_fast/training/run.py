@@ -29,7 +29,7 @@ from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.planner import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
-from falcon_fast.training.compiled import compile_blocks, compiled_network
+from falcon_fast.training.compiled import compile_blocks, compiled_network, compiled_objective
 from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.parallel import average_buffers, data_parallel, gather, shard
@@ -70,12 +70,16 @@ class Run:
         config = self.config
         network: nn.Module = self.network
         probe: nn.Module | None = self.probe
+        compiled = None
         if self.sharded:
             if config.training.compile:
                 compile_blocks(self.network)
             shard(self.network, self.probe, config.fsdp, self.device)
         else:
-            network = compiled_network(self.network) if config.training.compile else self.network
+            if config.training.compile and self.processes.group is None:
+                compiled = compiled_objective()
+            elif config.training.compile:
+                network = compiled_network(self.network)
             network = data_parallel(network, self.processes)
             probe = None if self.probe is None else data_parallel(self.probe, self.processes)
         self.learner = Learner(
@@ -88,6 +92,7 @@ class Run:
             config.training.accumulate,
             config.optimizer.clip_norm,
             WeightAverage(self.network, config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
+            compiled,
         )
 
     @property

@@ -7,7 +7,7 @@ is not fused, LARS or SGD on shards, where the GradScaler asks whether the gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,6 +35,7 @@ class Learner:
         of all but for two things. The prior's mean assignment and BatchNorm's statistics are of each micro-batch.
     clip_norm: what the norm of the network's gradient is clipped to; 0 leaves it. The probe's is its own affair.
     average: of the network's weights, kept beside them.
+    compiled: `objective` compiled as a whole, called in its place; None where the network is compiled by itself, or nothing.
     """
 
     network: nn.Module
@@ -46,6 +47,7 @@ class Learner:
     accumulate: int = 1
     clip_norm: float = 0.0
     average: WeightAverage | None = None
+    compiled: Callable[[Learner, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, StepMetrics]] | None = None
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """What a resumed run needs beside weights and moments, by name; the tensors themselves, to be restored in place."""
@@ -129,7 +131,7 @@ def gradient(learner: Learner, views: torch.Tensor, labels: torch.Tensor | None)
     for views_part, labels_part in micro_batches(views, labels, learner.accumulate):
         last = len(found) == learner.accumulate - 1
         with gradient_sync((learner.network, learner.probe), last):
-            total, metrics = objective(learner, views_part, labels_part)
+            total, metrics = (learner.compiled or objective)(learner, views_part, labels_part)
             total = total if learner.accumulate == 1 else total / learner.accumulate
             (total if learner.scaler is None else learner.scaler.scale(total)).backward()
         found.append(metrics)

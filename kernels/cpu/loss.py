@@ -10,6 +10,7 @@ With y_v = Z_v - max_j Z_v (row by row), s_v = sum_j exp(y_v) and P_v = exp(y_v 
    and dH = dZ W^T / tau.
 
 The gradient is formed in the forward pass, kept in float32 and multiplied by the loss's own gradient in the backward pass.
+To PyTorch all this is one operator, `falcon_fast::cpu_loss`, which torch.compile takes into a graph without looking inside.
 Where the extension is built the sweeps run in C++ (level.hpp), otherwise in PyTorch (fallback.py), strip by strip of codes.
 With AVX-512 VNNI a dense product takes the embeddings and dZ as 16-bit fixed point (rows, or rows of 128 codes, to one
 scale; the codes are -1 and +1 and the sums exact), or as float32 where the rounding could be felt; otherwise it is torch's.
@@ -25,8 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, Views, sweeps_for
-from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 __all__ = ["Dictionary", "Objective", "cpu_loss"]
 
@@ -47,8 +47,8 @@ def loss_and_gradient(
     plan: str,
     memory_budget: int | None,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Views | None]:
-    """Loss, prior, invariance, codes in use and dL/dH (or None)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, prior, invariance, codes in use and dL/dH (2, N, f), or without it an empty tensor."""
     n, c = views[0].shape[0], dictionary.c
     sweeps = sweeps_for(views, objective.tau, dictionary, plan, memory_budget)
 
@@ -66,44 +66,62 @@ def loss_and_gradient(
         prior -= math.log(c)
     terms[..., 3] = a
 
-    gradient = None
-    if with_gradient:
-        gradient = sweeps.gradient(terms, columns, objective)
+    gradient = sweeps.gradient(terms, columns, objective) if with_gradient else torch.empty(0)
     loss, prior, invariance = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
     if not np.isfinite(state.numpy()).all():  # nor are the embeddings then; later sweeps may lose it
         loss, prior, invariance = (torch.tensor(math.nan) for _ in range(3))
-        for g in gradient or ():
-            g.fill_(math.nan)
+        gradient.fill_(math.nan)
     used = _count_used(arguments.long().flatten().clamp(max=c - 1), c, objective.group)
     return loss, prior, invariance, used, gradient
 
 
-class _CpuLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h1: torch.Tensor, h2: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
-        *outputs, gradient = loss_and_gradient((h1.float().contiguous(), h2.float().contiguous()), *settings)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(h1, h2)
-        ctx.gradient, ctx.dtype, ctx.settings = gradient, h1.dtype, settings
-        return tuple(outputs)
+@torch.library.custom_op("falcon_fast::cpu_loss", mutates_args=(), device_types="cpu")
+def loss_op(
+    h1: torch.Tensor,
+    h2: torch.Tensor,
+    words: torch.Tensor,
+    c: int,
+    is_hadamard: bool,
+    tau: float,
+    beta: float,
+    prior: str,
+    group_name: str,
+    plan: str,
+    memory_budget: int | None,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    group = _resolve_process_group(group_name) if group_name else None  # type: ignore[arg-type]
+    views = h1.float().contiguous(), h2.float().contiguous()
+    dictionary, objective = Dictionary(words, h1.shape[1], c, is_hadamard), Objective(tau, beta, prior, group)
+    with torch.autocast("cpu", enabled=False):
+        return loss_and_gradient(views, dictionary, objective, plan, memory_budget, with_gradient)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        # The gradient's memory is given away: a copy costs a tenth of a Hadamard step. A second backward (retain_graph) forms
-        # it anew.
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            h1, h2 = ctx.saved_tensors
-            gradient = loss_and_gradient((h1.float().contiguous(), h2.float().contiguous()), *ctx.settings)[-1]
-        factor = grad_loss.item()
-        g1, g2 = ((g if factor == 1 else g.mul_(factor)).to(ctx.dtype) for g in gradient)
-        return g1, g2, None, None, None, None, None
+
+@loss_op.register_fake
+def _(h1: torch.Tensor, h2: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
+    loss, prior, invariance = (h1.new_empty((), dtype=torch.float32) for _ in range(3))
+    gradient = h1.new_empty((2, *h1.shape) if settings[-1] else (0,), dtype=torch.float32)
+    return loss, prior, invariance, h1.new_empty((), dtype=torch.int64), gradient
 
 
-# C++ reads and writes the tensors behind the compiler's back. torch.compiler.disable would make `import falcon_fast` import the
-# compiler and triton; this is the same, put off to the first call.
-@_disable_dynamo
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[4])
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 12
+    (gradient,) = ctx.saved_tensors
+    g1, g2 = (gradient * grad_loss).to(ctx.dtype)
+    return g1, g2, *(None,) * 10
+
+
+loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
 def cpu_loss(
     h1: torch.Tensor,
     h2: torch.Tensor,
@@ -118,8 +136,10 @@ def cpu_loss(
     the arguments.
     """
     with_gradient = torch.is_grad_enabled() and (h1.requires_grad or h2.requires_grad)
-    with torch.autocast("cpu", enabled=False):
-        loss, prior, invariance, used = _CpuLoss.apply(
-            h1, h2, dictionary, objective, plan, memory_budget, with_gradient
-        )
-    return loss, prior, invariance, used
+    words, _, c, is_hadamard = dictionary
+    tau, beta, prior, group = objective
+    name = "" if group is None else group.group_name
+    loss, prior_term, invariance, used, _ = loss_op(
+        h1, h2, words, c, is_hadamard, tau, beta, prior, name, plan, memory_budget, with_gradient
+    )
+    return loss, prior_term, invariance, used

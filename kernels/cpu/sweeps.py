@@ -91,10 +91,9 @@ class _Dense:
             self.dh = torch.zeros(dz.shape[0] * dz.shape[1], -(-self.f // 64) * 64)
         self.ops.dense_gradient(dz, self.words, first, count, self.dh, self.int16, self.threads)
 
-    def gradient(self, n: int) -> Views:
+    def gradient(self, n: int) -> torch.Tensor:
         assert self.dh is not None
-        dh = self.dh[:, : self.f]
-        return dh[:n], dh[n:]
+        return self.dh[:, : self.f].contiguous().view(2, n, self.f)
 
 
 class _DenseInTorch:
@@ -121,9 +120,9 @@ class _DenseInTorch:
     def add_gradient(self, dz: torch.Tensor, first: int, count: int) -> None:
         self.dh += dz[:, :, :count] @ self._codes(first, count)
 
-    def gradient(self, n: int) -> Views:
+    def gradient(self, n: int) -> torch.Tensor:
         del n
-        return self.dh[0], self.dh[1]
+        return self.dh
 
 
 class _HadamardInTorch(_DenseInTorch):
@@ -201,7 +200,8 @@ class _Strips:
             self.ops.strip_prior(z, columns.q, first, a, self.threads)
         return sums
 
-    def gradient(self, terms: torch.Tensor, columns: Columns, objective: Objective) -> Views:
+    def gradient(self, terms: torch.Tensor, columns: Columns, objective: Objective) -> torch.Tensor:
+        """(2, N, f) float32, contiguous."""
         forward, factor = objective.prior == "forward", 1 / (2 * self.n * self.tau)
         for z, first, count in self._ranges():
             self._logits(z, first, count)
@@ -238,13 +238,14 @@ class _Hadamard:
             self.ops.hadamard_prior(*self.arguments, terms, columns.peak, columns.weight, columns.q, a, self.threads)
         return sums
 
-    def gradient(self, terms: torch.Tensor, columns: Columns, objective: Objective) -> Views:
+    def gradient(self, terms: torch.Tensor, columns: Columns, objective: Objective) -> torch.Tensor:
+        """(2, N, f) float32, contiguous."""
         forward = objective.prior == "forward"
         factor = 1 / (2 * self.arguments[0].shape[0])  # the other 1 / tau is in the diagonals
-        dh = torch.zeros_like(self.arguments[0]), torch.zeros_like(self.arguments[1])
+        dh = torch.zeros(2, *self.arguments[0].shape)
         column_terms = (columns.peak, columns.weight, columns.q)
         self.ops.hadamard_gradient(
-            *self.arguments, terms, *column_terms, objective.beta, factor, forward, *dh, self.threads
+            *self.arguments, terms, *column_terms, objective.beta, factor, forward, dh[0], dh[1], self.threads
         )
         return dh
 
