@@ -48,7 +48,9 @@ def diagnose(phases: Mapping[str, float], images: int, facts: Circumstances) -> 
             largest, waits[largest] / step, images / (step - waits[largest]) if step > waits[largest] else None
         )
     if facts.host is not None and facts.host >= ISSUING * step:
-        how = "a larger batch" if facts.compiled else "--compile, or a larger batch"
+        ways = ["--cuda-graph"] if facts.processes == 1 else []
+        ways += [] if facts.compiled else ["--compile"]
+        how = " or ".join([*ways, "a larger batch"])
         return Diagnosis(
             "launch",
             f"launches: the host takes {1e3 * facts.host:.1f} of {1e3 * step:.1f} ms to issue a step, and the GPU waits for it: "

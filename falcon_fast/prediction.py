@@ -121,7 +121,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     numbers = 3 + 2 * MOMENTS[config.optimizer.name] + (3 if config.optimizer.ema_decay else 0)
     phases["optimizer"] = 4 * numbers * parameters / rates.bandwidth
     busy = phases["forward"] + phases["backward"]
-    phases["launch"] = max(0.0, training.accumulate * calls - busy)
+    phases["launch"] = 0.0 if training.cuda_graph else max(0.0, training.accumulate * calls - busy)
 
     held = 4 * parameters * (2 + MOMENTS[config.optimizer.name] + bool(config.optimizer.ema_decay))
     rate = peak.half if half is not None else peak.float32 if training.precision == "float32" else peak.tf32
@@ -140,7 +140,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
             phases,
             training.accumulate * (forward.compute + backward.compute),
             training.accumulate * (forward.memory + backward.memory),
-            training.compile,
+            [*(["--cuda-graph"] if gpus == 1 else []), *([] if training.compile else ["--compile"]), "a larger batch"],
         ),
     )
 
@@ -187,9 +187,9 @@ def _communication(network: nn.Module, size: int, backward: float, gpu: str, gpu
     return gradients + small * config.training.accumulate * LATENCY
 
 
-def _limit(phases: dict[str, float], compute: float, memory: float, compiled: bool) -> str:
-    """The largest of what the step's parts are bound by, in words."""
-    how = "a larger batch" if compiled else "--compile, or a larger batch"
+def _limit(phases: dict[str, float], compute: float, memory: float, ways: list[str]) -> str:
+    """The largest of what the step's parts are bound by, in words. ways: out of being bound by launches."""
+    how = " or ".join(ways)
     parts = {
         f"launches: the host issues operators more slowly than the GPU works: {how}": phases["launch"],
         "communication between the GPUs: a larger batch on each": phases["communication"],
