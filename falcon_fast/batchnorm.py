@@ -30,19 +30,114 @@ class PerView:
     """
 
     num_views: int = 2
+    known_forward: bool  # BatchNorm's own, or timm's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:  # type: ignore[attr-defined]
             return super().forward(x)  # type: ignore[misc]
         if x.shape[0] % self.num_views:
             raise ValueError(f"a batch of {x.shape[0]} does not hold {self.num_views} views of the same images")
+        if torch.compiler.is_compiling() and self.known_forward:
+            return self._in_one_graph(x)
         views = [super(PerView, self).forward(view) for view in x.chunk(self.num_views)]  # type: ignore[misc]
         return torch.cat(views)
+
+    def _in_one_graph(self: Any, x: torch.Tensor) -> torch.Tensor:
+        """The same for a compiler: both views at once, and no copy of them between this layer and the next."""
+        self._check_input_dim(x)
+        count = x.numel() // x.shape[1] // self.num_views
+        if count < 2:
+            raise ValueError(f"BatchNorm needs more than one value a channel and view, not {tuple(x.shape)}")
+        views = x.unflatten(0, (self.num_views, -1))
+        y, means, variances = _NormalizeViews.apply(views, self.weight, self.bias, self.eps)
+        _track(self, means, variances, count)
+        return _act(self, y.flatten(0, 1))
+
+
+def _does_more(cls: type) -> str | None:
+    """The class, if any, whose forward is neither BatchNorm's nor, with an activation and dropout behind it, timm's."""
+    own = next(c for c in cls.__mro__ if "forward" in vars(c) and c not in (PerView, Synchronized))
+    return None if own is _BatchNorm or own.__name__ == "BatchNormAct2d" else own.__name__
+
+
+def _track(layer: Any, means: torch.Tensor, variances: torch.Tensor, count: int) -> None:
+    """Running averages, in place, as if the views had passed one after the other, from their mean and biased variance (V, C)."""
+    if not layer.track_running_stats:
+        return
+    for mean, variance in zip(means, variances, strict=True):
+        layer.num_batches_tracked.add_(1)
+        momentum = 1.0 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
+        unbiased = variance * (count / (count - 1))
+        layer.running_mean.copy_(layer.running_mean + momentum * (mean - layer.running_mean))
+        layer.running_var.copy_(layer.running_var + momentum * (unbiased - layer.running_var))
+
+
+def _act(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    """What timm's BatchNormAct2d does besides."""
+    for name in ("drop", "act"):
+        if name in layer._modules:
+            y = getattr(layer, name)(y)
+    return y
+
+
+class _NormalizeViews(torch.autograd.Function):
+    """Batch normalisation of each view by its own statistics, written for a compiler.
+
+    Takes x (V, B, C, ...), weight and bias (C,) or None; returns y like x, and in float32 (float64 for float64) the mean and the
+    biased variance (V, C), which carry no gradient.
+
+    A view is an index here, not a tensor: taken apart and put together again, the views are written once more, and what follows
+    (a ReLU, an addition) reads them once more. The variance takes a pass of its own over x, which costs a compiled step less
+    than Welford's recurrence (ResNet-8, batch 128 on two cores: 574 ms against 596, and 646 with two views apart).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dims, shape = _per_view(x)
+        wide = x.to(_wide(x))
+        mean = wide.mean(dims)
+        variance = (wide - mean.view(shape)).square().mean(dims)
+        inverse = torch.rsqrt(variance + eps)
+        scale = inverse if weight is None else inverse * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        y = wide * scale.view(shape) + shift.view(shape)
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(mean, variance)
+        return y.to(x.dtype), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        dims, shape = _per_view(x)
+        wide, grad = x.to(mean.dtype), grad.to(mean.dtype)
+        along = grad.sum(dims)
+        across = (grad * (wide - mean.view(shape))).sum(dims) * inverse
+        # dL/dx = scale (grad - along / n - normalised across / n), as a multiple of each of grad, x and 1
+        scale = inverse if weight is None else inverse * weight
+        count = x.numel() // mean.numel()
+        of_x = -scale * inverse * across / count
+        of_one = -scale * along / count - of_x * mean
+        grad_x = grad * scale.view(shape) + (wide * of_x.view(shape) + of_one.view(shape))
+        return (
+            grad_x.to(x.dtype),
+            None if weight is None else across.sum(0).to(weight.dtype),
+            along.sum(0) if ctx.has_bias else None,
+            None,
+        )
+
+
+def _per_view(x: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Of x (V, B, C, ...): the dimensions that statistics are over, and the shape in which a (V, C) meets it."""
+    return [1, *range(3, x.dim())], [x.shape[0], 1, -1] + [1] * (x.dim() - 3)
 
 
 @functools.cache
 def _per_view_class(cls: type[_BatchNorm]) -> type[_BatchNorm]:
-    return type(f"PerView{cls.__name__}", (PerView, cls), {})
+    return type(f"PerView{cls.__name__}", (PerView, cls), {"known_forward": _does_more(cls) is None})
 
 
 def per_view_batchnorm(module: nn.Module, num_views: int = 2) -> nn.Module:
@@ -183,17 +278,8 @@ class Synchronized:
         y, means, variances = _NormalizeOverGroup.apply(
             x, self.weight, self.bias, self.num_views, self.eps, self.group_name, self.group_rank, self.group_size
         )
-        if self.track_running_stats:
-            for mean, variance in zip(means, variances, strict=True):  # as if the views had passed one after the other
-                self.num_batches_tracked.add_(1)
-                momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-                unbiased = variance * (count / (count - 1))
-                self.running_mean.copy_(self.running_mean + momentum * (mean - self.running_mean))
-                self.running_var.copy_(self.running_var + momentum * (unbiased - self.running_var))
-        for name in ("drop", "act"):  # what timm's BatchNormAct2d does besides
-            if name in self._modules:
-                y = getattr(self, name)(y)
-        return y
+        _track(self, means, variances, count)
+        return _act(self, y)
 
 
 @functools.cache
@@ -215,9 +301,8 @@ def sync_batchnorm(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:
         if not isinstance(layer, _BatchNorm):
             continue
         if not isinstance(layer, Synchronized):
-            own = next(c for c in type(layer).__mro__ if "forward" in vars(c) and c is not PerView)
-            if own is not _BatchNorm and own.__name__ != "BatchNormAct2d":
-                raise ValueError(f"cannot synchronise {own.__name__}: its forward is not BatchNorm's alone")
+            if (other := _does_more(type(layer))) is not None:
+                raise ValueError(f"cannot synchronise {other}: its forward is not BatchNorm's alone")
             layer.__class__ = _synchronized_class(type(layer))  # type: ignore[arg-type]
         layer.group_name = group.group_name  # type: ignore[assignment]
         layer.group_rank, layer.group_size = dist.get_rank(group), dist.get_world_size(group)  # type: ignore[assignment]
