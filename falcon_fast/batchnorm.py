@@ -37,7 +37,8 @@ class PerView:
             return super().forward(x)  # type: ignore[misc]
         if x.shape[0] % self.num_views:
             raise ValueError(f"a batch of {x.shape[0]} does not hold {self.num_views} views of the same images")
-        if torch.compiler.is_compiling() and self.known_forward:
+        # Measured on a CPU; on a GPU the compiled step of the README has the views apart.
+        if torch.compiler.is_compiling() and self.known_forward and x.device.type == "cpu":
             return self._in_one_graph(x)
         views = [super(PerView, self).forward(view) for view in x.chunk(self.num_views)]  # type: ignore[misc]
         return torch.cat(views)
@@ -106,7 +107,8 @@ class _NormalizeViews(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(mean, variance)
-        return y.to(x.dtype), mean, variance
+        # Not y.to() where it changes nothing: compiled by torch 2.11 the gradient of x is then zero.
+        return (y if y.dtype == x.dtype else y.to(x.dtype)), mean, variance
 
     @staticmethod
     @once_differentiable
