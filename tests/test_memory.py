@@ -11,7 +11,7 @@ from rich.console import Console
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError
 from falcon_fast.runs import create_run_directory
-from falcon_fast.training import memory, trainer
+from falcon_fast.training import graphed, memory, trainer
 from falcon_fast.training.run import Run, prepare
 
 TINY = {"model.width": 4, "training.epochs": 1, "checkpoint.every_steps": 2}
@@ -30,7 +30,7 @@ def said(run: Run, error: RuntimeError) -> str:
 
 
 def test_a_step_without_memory_ends_the_run_with_one_line(tmp_path, monkeypatch):
-    step_function, calls = trainer.training_step, []
+    step_function, calls = graphed.training_step, []
 
     def failing(*arguments):
         calls.append(None)
@@ -38,7 +38,7 @@ def test_a_step_without_memory_ends_the_run_with_one_line(tmp_path, monkeypatch)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
         return step_function(*arguments)
 
-    monkeypatch.setattr(trainer, "training_step", failing)
+    monkeypatch.setattr(graphed, "training_step", failing)
     run = prepared()
     create_run_directory(tmp_path / "run", run.config)
     with pytest.raises(TrainingError) as caught:

@@ -81,6 +81,8 @@ class Graphed:
         self._result = None
         try:
             return capture(self._run, self._stream)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UsageError(
