@@ -20,7 +20,7 @@ from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
 from falcon_fast.errors import UsageError
 from falcon_fast.runs import create_run_directory
-from falcon_fast.training import checkpoint, trainer
+from falcon_fast.training import checkpoint, graphed, trainer
 from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
 
 from .loaders import CPU, damage, joined, same, smooth
@@ -184,7 +184,7 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
         else:
             create_run_directory(directory, run.config)
             step, seconds = 0, 0.0
-        original, count = trainer.training_step, 0
+        original, count = graphed.training_step, 0
 
         def counted(*arguments: object):
             nonlocal count
@@ -193,13 +193,13 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
                 raise MemoryError
             return original(*arguments)  # type: ignore[arg-type]
 
-        trainer.training_step = counted  # type: ignore[assignment]
+        graphed.training_step = counted  # type: ignore[assignment]
         try:
             trainer.train(run, directory, Listening(quiet=True), step, seconds)
         except MemoryError:
             pass
         finally:
-            trainer.training_step = original
+            graphed.training_step = original
 
     train(tmp_path / "whole", None)
     assert sum("set aside" in line and str(victim) in line for line in lines) == 1

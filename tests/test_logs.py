@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.runs import create_run_directory
-from falcon_fast.training import logs, trainer
+from falcon_fast.training import graphed, logs, trainer
 from falcon_fast.training.run import Run, prepare, restore
 
 TINY = {
@@ -51,7 +51,7 @@ def assert_events_equal_rows(directory: Path) -> None:
 
 
 def test_events_equal_the_rows_also_of_a_resumed_run(tmp_path, monkeypatch):
-    step_function, calls = trainer.training_step, []
+    step_function, calls = graphed.training_step, []
 
     def dying(*arguments):
         calls.append(None)
@@ -62,7 +62,7 @@ def test_events_equal_the_rows_also_of_a_resumed_run(tmp_path, monkeypatch):
     run = prepared()
     create_run_directory(tmp_path, run.config)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(trainer, "training_step", dying)
+        patch.setattr(graphed, "training_step", dying)
         trainer.train(run, tmp_path, QUIET)
     assert [step for step, _ in table(tmp_path)["loss"]] == [2, 4, 6, 8]
     assert_events_equal_rows(tmp_path)

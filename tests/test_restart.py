@@ -200,14 +200,14 @@ def test_a_signal_to_torchrun_reaches_the_run(tmp_path, number):
 RAISING = """
 import os, sys
 from falcon_fast import cli
-from falcon_fast.training import trainer
-step, calls = trainer.training_step, []
+from falcon_fast.training import graphed
+step, calls = graphed.training_step, []
 def failing(*arguments):
     calls.append(None)
     if len(calls) == 12 and os.environ["RANK"] == "1":
         raise ZeroDivisionError("only here")
     return step(*arguments)
-trainer.training_step = failing
+graphed.training_step = failing
 cli.main()
 """
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs import create_run_directory, load_trained
-from falcon_fast.training import checkpoint, precision, trainer
+from falcon_fast.training import checkpoint, graphed, precision, trainer
 from falcon_fast.training.console import COLUMNS, TIMINGS
 from falcon_fast.training.run import Run, prepare, restore
 
@@ -102,7 +102,7 @@ def test_the_seed_alone_decides_the_run(whole, tmp_path):
 
 
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", trainer.training_step, []
+    directory, step_function, calls = tmp_path / "run", graphed.training_step, []
 
     def stopping(*arguments):
         calls.append(None)
@@ -113,7 +113,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
     torch.manual_seed(0)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "training_step", stopping)
+        patch.setattr(graphed, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(start(directory), directory, QUIET)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
@@ -124,7 +124,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
 
 
 def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", trainer.training_step, []
+    directory, step_function, calls = tmp_path / "run", graphed.training_step, []
 
     def dying(*arguments):
         calls.append(None)
@@ -134,7 +134,7 @@ def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_pa
 
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "training_step", dying)
+        patch.setattr(graphed, "training_step", dying)
         with pytest.raises(MemoryError):
             trainer.train(start(directory), directory, QUIET)
     assert checkpoint.latest(directory).name == "step-00000010"
@@ -145,14 +145,14 @@ def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_pa
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", trainer.training_step, []
+    directory, step_function, calls = tmp_path / "run", graphed.training_step, []
 
     def diverging(*arguments):
         calls.append(None)
         metrics = step_function(*arguments)
         return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
 
-    monkeypatch.setattr(trainer, "training_step", diverging)
+    monkeypatch.setattr(graphed, "training_step", diverging)
     with pytest.raises(TrainingError, match="not finite at step 7") as caught:
         trainer.train(start(directory), directory, QUIET)
     assert "step-00000005" in str(caught.value)
@@ -250,13 +250,13 @@ def test_an_average_changes_nothing_of_what_is_learnt(whole, tmp_path):
 
 
 def test_switches_of_precision_are_the_runs_alone(tmp_path, monkeypatch):
-    seen, step_function = [], trainer.training_step
+    seen, step_function = [], graphed.training_step
 
     def watching(*arguments):
         seen.append(torch.backends.cudnn.allow_tf32)
         return step_function(*arguments)
 
-    monkeypatch.setattr(trainer, "training_step", watching)
+    monkeypatch.setattr(graphed, "training_step", watching)
     before = torch.backends.cudnn.allow_tf32
     run = start(tmp_path / "run", training__epochs=1, training__precision="float32")
     trainer.train(run, tmp_path / "run", QUIET)
