@@ -105,7 +105,7 @@ class TrainingConfig:
     accumulate: int = 1  # micro-batches of a step, one after the other; the prior and BatchNorm see one at a time
     amp: bool = False  # bf16
     precision: str = "auto"  # one of PRECISIONS; auto: bf16 with amp, else float32 with torch's own switches for TF32
-    compile: bool = False  # the network, by torch.compile
+    compile: bool = False  # network, loss and probe as one graph, by torch.compile
     cuda_graph: bool = False  # the whole step as one launch, on one GPU
     seed: int = 0
     device: str = "auto"

@@ -55,7 +55,7 @@ _OPTIONS = (
     click.option("--amp/--no-amp", default=None, help="bfloat16 autocast, as --precision bf16."),
     click.option("--precision", metavar="NAME", help="float32, tf32, bf16 or fp16 (with scaled gradients)."),
     click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars."),
-    click.option("--compile/--no-compile", default=None, help="torch.compile of the network; measure before use."),
+    click.option("--compile/--no-compile", default=None, help="torch.compile of network and loss; measure before use."),
     click.option("--cuda-graph/--no-cuda-graph", default=None, help="The whole step as one launch, on one GPU."),
     click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard."),
     click.option("--num-codes", type=int, help="Codes in the dictionary (c)."),
