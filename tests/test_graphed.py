@@ -170,7 +170,8 @@ def test_a_run_of_recorded_steps(recorded, monkeypatch, tmp_path: Path) -> None:
     found, ours = trained(tmp_path / "graph", "cpu", True)
     # The rate is float32 in one and float64 in the other, a difference that training makes larger.
     assert found[:8] == pytest.approx(expected[:8], rel=1e-4) and found == pytest.approx(expected, rel=2e-2)
-    assert weights.keys() == ours.keys()
+    for name in ("backbone.stem.0.weight", "backbone.stages.2.conv2.weight", "projector.linear.weight"):
+        assert (ours[name] - weights[name]).norm() < 0.05 * weights[name].norm(), name
     newest = checkpoint.complete(tmp_path / "graph" / "checkpoints")
     for later in newest[1:]:
         later.rename(tmp_path / later.name)  # back to the one before the last

@@ -55,7 +55,7 @@ def photometric_stage(
             say(f"the augmentations run in PyTorch, more slowly: {reason}")
             return eager
         return cpu_stage(augmentation, dtype)
-    # Triton's is not auto's choice before it has run on a GPU.
+    # Triton's is not auto's choice before it has been timed on a GPU.
     stage = triton_stage(augmentation, dtype) if mode == "triton" else compiled_stage(augmentation)
     chosen: list[Photometric] = []
 
