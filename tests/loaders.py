@@ -60,14 +60,15 @@ def sixteen_bit_png(pixels: np.ndarray) -> bytes:
 
 
 def write_every_kind(root: Path, width: int = 61, height: int = 45) -> list[Path]:
-    """One image of each kind that the loaders must show alike, 33 files."""
+    """One image of each kind that the loaders must show alike, 36 files."""
     root.mkdir(parents=True, exist_ok=True)
     image = smooth(width, height)
     gray, pixels = image.convert("L"), np.asarray(image)
     alpha = np.arange(width * height).reshape(height, width).astype(np.uint8)
     clear, gray_clear = (Image.fromarray(np.dstack([np.asarray(x), alpha])) for x in (image, gray))
     palette = image.quantize(64)
-    wide = np.asarray(gray).astype(np.uint16) * 256 + 200
+    low = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint16)
+    wide = np.asarray(gray).astype(np.uint16) * 256 + low[..., 0]
     for name, picture, options in [
         ("444.jpg", image, {"subsampling": 0}),
         ("422.jpg", image, {"subsampling": 1}),
@@ -83,7 +84,9 @@ def write_every_kind(root: Path, width: int = 61, height: int = 45) -> list[Path
         ("palette.png", palette, {}),
         ("transparent.png", palette, {"transparency": 3}),
         ("one-bit.png", image.convert("1", dither=Image.Dither.NONE), {}),
+        ("dithered.png", image.convert("1"), {}),
         ("16-bit.png", Image.fromarray(wide), {}),
+        ("16-bit.tif", Image.fromarray(wide), {}),
         ("lossy.webp", image, {}),
         ("lossless.webp", image, {"lossless": True}),
         ("rgba.webp", clear, {}),
@@ -93,7 +96,7 @@ def write_every_kind(root: Path, width: int = 61, height: int = 45) -> list[Path
         ("rgb.tif", image, {}),
     ]:
         picture.save(root / name, **options)
-    (root / "16-bit-rgb.png").write_bytes(sixteen_bit_png(pixels.astype(np.uint16) * 256 + 77))
+    (root / "16-bit-rgb.png").write_bytes(sixteen_bit_png(pixels.astype(np.uint16) * 256 + low))
     image.save(root / "mpo.jpg", "MPO", save_all=True, append_images=[image])
     exif = Image.Exif()
     for orientation in range(2, 9):

@@ -33,7 +33,7 @@ def random_crops(
 
 
 def rows_then_columns(pixels: np.ndarray, box: list[int], flip: bool, size: int) -> np.ndarray:
-    """By Pillow, one axis after the other: which of them recent ones take first depends on the sides."""
+    """By Pillow, one axis after the other: which of them 13 takes first depends on the sides."""
     top, left, rows, columns = box
     region = Image.fromarray(pixels).crop((left, top, left + columns, top + rows))
     wide = region.resize((size, rows), Image.Resampling.BICUBIC)

@@ -51,17 +51,22 @@ def check_parity(split: Split, batch_size: int, size: int, steps: range) -> None
     ours = dali.training_batches(split, clock, size, steps, CPU)
     theirs = workers.training_batches(split, clock, size, steps, CPU, workers=0)
     for a, b in zip(ours, theirs, strict=True):
-        difference = (a.views.int() - b.views.int()).abs().float().mean((1, 2, 3))
-        # In the mean over a batch half a level; one view may be a sharp picture at its own size.
-        assert difference.mean() <= 0.5 and difference.max() <= 1.0
-        assert same(a._replace(views=b.views), b)
+        assert same(a, b)
 
 
 def test_every_kind_of_file_looks_as_pillow_sees_it(kinds: Split) -> None:
     n = len(kinds.images)
-    assert n == 34
+    assert n == 36
     check_parity(kinds, n, 32, range(2))  # the regions are enlarged and reduced
     check_parity(kinds, n, 64, range(2, 3))
+
+
+def test_what_is_reduced_along_one_side_alone_is_pillows(tmp_path: Path) -> None:
+    """Where Pillow 13 takes the columns first; of a dithered picture what is cut in between depends on it."""
+    for name, sides in (("tall", (30, 300)), ("wide", (300, 30))):
+        smooth(*sides).convert("1").save(tmp_path / f"{name}.png")
+        smooth(*sides).save(tmp_path / f"{name}.jpg")
+    check_parity(split_of(sorted(tmp_path.iterdir())), 4, 32, range(4))
 
 
 def test_whole_images_decode_to_the_pixel(kinds: Split) -> None:
@@ -77,9 +82,8 @@ def test_whole_images_decode_to_the_pixel(kinds: Split) -> None:
         for i, index in enumerate(plan.indices):
             expected = np.asarray(read_image(split.images.paths[index]))  # type: ignore[attr-defined]
             expected = expected[:, ::-1] if plan.flips[view, i] else expected
-            difference = np.abs(batch.views[view * n + i].permute(1, 2, 0).numpy().astype(int) - expected)
-            limit = 1 if "16-bit" in split.images.name(int(index)) else 0
-            assert difference.max() <= limit, split.images.name(int(index))
+            ours = batch.views[view * n + i].permute(1, 2, 0).numpy()
+            assert np.array_equal(ours, expected), split.images.name(int(index))
 
 
 def test_crops_of_photographs_are_those_of_the_workers(shared: Path) -> None:
@@ -163,8 +167,7 @@ def test_bad_files_are_replaced_in_place(photos: Split, world: int) -> None:
     assert len(found) == len(known) == 6 and all(map(same, found, known))
     by_workers, _ = run(workers)
     for step, (ours, theirs, before) in enumerate(zip(found, by_workers, good, strict=True)):
-        assert same(ours._replace(views=theirs.views), theirs)
-        assert (ours.views.int() - theirs.views.int()).abs().float().mean() <= 0.5
+        assert same(ours, theirs)
         replaced = np.isin(clock.at(step).indices, list(bad))
         unchanged = torch.from_numpy(~np.concatenate([replaced, replaced]))
         assert torch.equal(ours.views[unchanged], before.views[unchanged])  # no other position has shifted
@@ -181,7 +184,7 @@ def test_what_only_dali_cannot_decode_is_shown_all_the_same(photos: Split) -> No
     (ours,) = dali.training_batches(photos, clock, 24, range(1), CPU, quarantine=quarantine)
     (theirs,) = workers.training_batches(photos, clock, 24, range(1), CPU, workers=0)
     assert not quarantine.bad
-    assert (ours.views.int() - theirs.views.int()).abs().float().mean((1, 2, 3)).max() <= 1.0
+    assert same(ours, theirs)
 
 
 def test_a_file_that_changes_its_size_is_cropped_as_it_is_now(photos: Split) -> None:
@@ -189,7 +192,7 @@ def test_a_file_that_changes_its_size_is_cropped_as_it_is_now(photos: Split) -> 
     smooth(90, 30).save(photos.images.paths[7])  # type: ignore[attr-defined]
     (ours,) = dali.training_batches(photos, clock, 24, range(1), CPU)
     (theirs,) = workers.training_batches(photos, clock, 24, range(1), CPU, workers=0)
-    assert (ours.views.int() - theirs.views.int()).abs().float().mean((1, 2, 3)).max() <= 1.0
+    assert same(ours, theirs)
 
 
 def test_too_many_bad_files_stop_the_run(photos: Split, tmp_path: Path) -> None:

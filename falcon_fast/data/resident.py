@@ -3,12 +3,11 @@
 For sets that fit (CIFAR, SVHN, digits, folders of small images) nothing is decoded twice and no process copies anything: a step
 is a few batched tensor operations on the device. The clock's numbers of a whole epoch go up at once.
 
-**The crop is Pillow's, to the bit**, where it is enlarged. Pillow resizes by fixed-point weights, integers of 22 bits,
-first along x and then along y, each time rounded to uint8. So do the C++ kernels on a CPU. On a GPU both passes are
+**The crop is Pillow's, to the bit.** Pillow resizes by fixed-point weights, integers of 22 bits, first along x and then
+along y (`crops`), each time rounded to uint8. So do the C++ kernels on a CPU. On a GPU both passes are
 products with one matrix an image, of those same integers in float64: every sum stays below 2^53 and is exact in whatever
 order it is taken, so that neither the device, nor the size of the batch, nor the number of ranks changes a pixel. (In
-float32 they would, now and then.) Where a region is reduced, recent Pillows go along y first if that is cheaper, which
-changes a pixel by a level here and there.
+float32 they would, now and then.)
 """
 
 from __future__ import annotations
