@@ -103,9 +103,9 @@ def preview(path: str | None, output: Path, recipe: str | None, seed: int, loade
         changes["data.path"] = os.path.abspath(os.path.expanduser(path))
     if output.suffix.lower() != ".png":
         raise UsageError(f"-o {output}: give a name that ends in .png")
-    sheet = tools.preview(configuration.validate(configuration.override(config, changes)), count)
+    sheet, shown = tools.preview(configuration.validate(configuration.override(config, changes)), count)
     try:
         sheet.save(output, "PNG")
     except OSError as error:
         raise UsageError(f"-o {output}: {error.strerror or error}") from None
-    click.echo(f"{output}: {count} images, original and two views each")
+    click.echo(f"{output}: {shown} images, original and two views each")

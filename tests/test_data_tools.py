@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -189,6 +190,30 @@ def test_pack_takes_every_kind_and_loses_none(tmp_path: Path, data) -> None:
     assert (tmp_path / "out" / "rgb.png.jpg").read_bytes() == b"mine" and (tmp_path / "out" / "rgb.bmp.jpg").exists()
 
 
+def test_what_no_jpeg_holds_is_named_and_nothing_half_written_stays(tmp_path: Path, data, monkeypatch) -> None:
+    (tmp_path / "in").mkdir()
+    smooth(30, 20).save(tmp_path / "in" / "good.png")
+    Image.new("RGB", (66000, 2)).save(tmp_path / "in" / "wide.png")
+    code, lines, err = data("pack", tmp_path / "in", tmp_path / "out")
+    assert code == 1 and len(lines) == 1 and "wide.png: 66000 x 2 pixels do not fit into a JPEG" in lines[0] and not err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.jpg"]
+
+    def full(self: Image.Image, file: Path, *_: object, **__: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, lines, err = data("pack", tmp_path / "in", tmp_path / "full")
+    assert code == 1 and "No space left" in err and not list((tmp_path / "full").iterdir())
+
+
+def test_a_large_image_is_no_warning(tmp_path: Path) -> None:
+    Image.new("1", (10000, 9000)).save(tmp_path / "large.png")
+    command = [sys.executable, "-m", "falcon_fast", "data", "verify", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == result.stderr == ""
+
+
 # ---- preview ----
 
 
@@ -217,7 +242,8 @@ def test_a_preview_of_the_digits_and_around_a_bad_file(photos: Path, tmp_path: P
     assert data("preview", "-o", tmp_path / "digits.png")[0] == 0
     assert Image.open(tmp_path / "digits.png").size == (3 * 20 + 4, 8 * 20)
     damage(photos / "a" / "02.jpg", "truncated")
-    assert data("preview", photos, "-o", tmp_path / "all.png", "--count", 36, "--size", 16)[0] == 0
+    code, lines, _ = data("preview", photos, "-o", tmp_path / "all.png", "--count", 64, "--size", 16)
+    assert code == 0 and "35 images" in lines[0]  # all that are trained on
 
 
 @pytest.mark.parametrize(
@@ -227,7 +253,10 @@ def test_a_preview_of_the_digits_and_around_a_bad_file(photos: Path, tmp_path: P
         (["verify", "empty"], "no image in it"),
         (["verify", "file"], "not a folder"),
         (["pack", "photos", "photos/a/out"], "lies inside"),
+        (["pack", "photos", "file"], "file cannot be made: File exists"),
         (["preview", "photos", "-o", "x.jpg"], "ends in .png"),
+        (["preview", "photos", "-o", "x.png", "--size", "1000000"], "give a smaller --size"),
+        (["preview", "photos", "-o", "x.png", "--loader", "synthetic"], "shows no images"),
         (["preview", "photos", "-o", "no/such/x.png"], "No such file"),
         (["preview", "photos", "-o", "x.png", "--loader", "dalli"], "did you mean 'dali'"),
         (["preview", "-o", "x.png", "--recipe", "folder"], "needs --data PATH"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -49,6 +50,16 @@ def test_a_step_without_memory_ends_the_run_with_one_line(tmp_path, monkeypatch)
     )
     assert "--set loss.plan=streaming" in line and "--accumulate 2; or --batch-size 32" in line
     assert "step-00000002" in line  # the checkpoint that is left
+
+
+def test_a_host_without_memory_is_one_line_too():
+    run = prepared()
+    for allocate in (lambda: np.empty(1 << 56, np.uint8), lambda: torch.empty(1 << 54)):
+        with (
+            pytest.raises(TrainingError, match="cpu has not enough memory for a batch of 64"),
+            memory.out_of_memory(run),
+        ):
+            allocate()
 
 
 def test_other_errors_pass():

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.augmentation import AUGMENTATIONS
 from falcon_fast.data.images import ImageArray, reason_of
 from falcon_fast.data.quarantine import Quarantine, load_share
 from falcon_fast.data.sampling import Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.training.run import prepare
+
+from .loaders import smooth
 
 IMAGES = ImageArray(np.zeros((200, 2, 2, 3), np.uint8))
 
@@ -91,3 +95,13 @@ def test_a_share_stops_when_all_is_bad() -> None:
 
     found = load_share(clock, clock.at(1), load, bad, 5)
     assert isinstance(found, dict) and len(found) == 6 and found == bad
+
+
+def test_too_many_known_beforehand_are_said_before_a_run_directory_is_made(tmp_path: Path) -> None:
+    for i in range(12):
+        smooth(20, 20, i).save(tmp_path / f"{i}.png")
+    for i in range(2):
+        (tmp_path / f"garbage-{i}.jpg").write_bytes(b"garbage")
+    settings = {"data.path": str(tmp_path), "training.batch_size": 4, "model.name": "resnet8", "loss.num_codes": 64}
+    with pytest.raises(UsageError, match=r"2 of 13 images .*garbage-0\.jpg .*`falcon-fast data verify` names them all"):
+        prepare(validate(override(load_recipe("folder"), settings)))

@@ -67,6 +67,7 @@ def test_the_picture_shows_curves(tmp_path):
 
 def test_what_could_not_be_measured_is_not_called_collapsed():
     unmeasured = result(0.875)
-    unmeasured["trained"]["collapse"]["dimensional"] = BAD | {"value": float("nan")}
+    reason = "not measurable: too few images (11; at least 20)"
+    unmeasured["trained"]["collapse"]["dimensional"] = BAD | {"value": float("nan"), "explanation": reason}
     shown = text(result_tables(unmeasured))
-    assert "COLLAPSED" not in shown and shown.count("not measured") == 1
+    assert "COLLAPSED" not in shown and shown.count("not measured") == 1 and reason in shown

@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from falcon_fast.data.images import Images, reason_of, shown
+from falcon_fast.data.images import ImageFiles, Images, reason_of, shown
 from falcon_fast.data.sampling import BatchPlan, Clock
 from falcon_fast.errors import UsageError
 
@@ -88,6 +88,8 @@ class Quarantine:
         else:
             example = f"{shown(self.left_out[0][0])} ({self.left_out[0][1]})"
         listed = f"; all are in {self.path}" if self.path else ""
+        if not self.path and isinstance(self.images, ImageFiles):
+            listed = "; `falcon-fast data verify` names them all"
         raise UsageError(
             f"{count} of {total} images cannot be decoded, such as {example}{listed}: "
             f"more than data.max_bad_fraction {self.max_fraction:g} allows; mend or remove them, or raise it"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from falcon_fast.config import Config
 
+JPEG_SIDE = 65500  # pixels, of libjpeg
 GAP = 4  # pixels between the pictures of a preview
 ROWS = 8  # of a preview, then another column of triples begins
 
@@ -57,11 +58,15 @@ def pack(
     reduced by Lanczos' filter, never enlarged.
 
     Raises:
-        UsageError: `out` is the folder itself, or inside it.
+        UsageError: `out` is the folder itself, or inside it, or cannot be made.
         OSError: a file cannot be written.
     """
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{shown(out)} lies inside {shown(root)}: pack into a folder beside it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{shown(out)} cannot be made: {error.strerror or error}") from None
     names = packed_names(root, paths)
 
     def convert(path: Path) -> tuple[Path, str]:
@@ -72,10 +77,15 @@ def pack(
             image = _reduced(read_image(str(path)), short_side)
         except Exception as error:  # Pillow raises whatever its decoders do
             return path, reason_of(error)
+        if max(image.size) > JPEG_SIDE:
+            return path, f"{image.width} x {image.height} pixels do not fit into a JPEG"
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        image.save(partial, "JPEG", quality=quality)
-        partial.replace(target)
+        try:
+            image.save(partial, "JPEG", quality=quality)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
         return path, ""
 
     count = 0
@@ -98,11 +108,13 @@ def _reduced(image: Image, short_side: int) -> Image:
     return image.resize((width, height), Resampling.LANCZOS)
 
 
-def preview(config: Config, count: int) -> Image:
+def preview(config: Config, count: int) -> tuple[Image, int]:
     """A contact sheet of the first `count` images of a run: each original, and beside it the two views that the run sees.
 
+    Returns the sheet and how many images are on it.
+
     Raises:
-        UsageError: the data cannot be opened, or the loader cannot do this.
+        UsageError: the data cannot be opened, the loader cannot do this, or the views do not fit into memory.
     """
     from PIL import Image, ImageOps
 
@@ -111,8 +123,13 @@ def preview(config: Config, count: int) -> Image:
     images, size = source.train.images, source.size
     clock = Clock(config.training.seed, len(images), min(count, len(images)), recipe)
     loader, _ = choose_loader(config.data, source, recipe, cpu)
+    if loader == "synthetic":
+        raise UsageError("the synthetic loader shows no images: use another")
     quarantine = Quarantine(images, config.data.max_bad_fraction, known=dict(source.known_bad))
-    batch = next(training_batches(loader, source, clock, range(1), cpu, 0, quarantine=quarantine))
+    try:
+        batch = next(training_batches(loader, source, clock, range(1), cpu, 0, quarantine=quarantine))
+    except MemoryError:
+        raise UsageError(f"views of {size} pixels do not fit into memory: give a smaller --size") from None
     colours = augment(batch.views, batch.parameters, torch.zeros(3), torch.ones(3), recipe)
     views = colours.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
@@ -125,4 +142,4 @@ def preview(config: Config, count: int) -> Image:
         original = ImageOps.contain(images.image(index), (size, size))
         for k, picture in enumerate((original, *(Image.fromarray(views[view * n + i]) for view in range(2)))):
             sheet.paste(picture, (left + k * step, top))
-    return sheet
+    return sheet, n

@@ -46,8 +46,9 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
     for key, label in COLLAPSE:
         check = trained["collapse"][key]
         verdict = Text("ok", "green") if check["ok"] else Text("COLLAPSED", "red")
-        if not _figure(check["value"]):  # too few images, or features that are not finite: the explanation says which
+        if not _figure(check["value"]):  # too few images, or features that are not finite
             verdict = Text("not measured", "red")
+            table.caption, table.caption_justify = Text(check["explanation"], "red"), "left"
         table.add_row(
             label, _figure(check["value"]), _figure(check["backbone_value"]), _figure(check["threshold"]), verdict
         )

@@ -15,8 +15,8 @@ from falcon_fast.objective import planner
 from falcon_fast.objective.reference import PEAK_COPIES
 from falcon_fast.training.run import Run
 
-# Allocations that CUDA itself or its libraries make fail with errors of their own.
-SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED")
+# Allocations that CUDA itself or its libraries make fail with errors of their own; the last is torch's on a CPU.
+SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def out_of_memory(run: Run, kept: Callable[[], str] | None = None) -> Iterator[N
     """An allocation that fails inside becomes a TrainingError: batch, the loss's plan, what to change, what `kept()` says."""
     try:
         yield
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)):
+    except (RuntimeError, MemoryError) as error:  # numpy's and Python's own is MemoryError
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)):
             raise
         line = f"{_where(run.device)} has not enough memory for {_batch(run)}: {'; or '.join(_remedies(run))}"
         raise TrainingError(line + (f" ({kept()})" if kept else "")) from None

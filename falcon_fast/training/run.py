@@ -18,6 +18,7 @@ from falcon_fast.config import Config, TrainingConfig
 from falcon_fast.data.augmentation import Augmentation, augmentation
 from falcon_fast.data.images import Source
 from falcon_fast.data.loader import choose_loader
+from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
 from falcon_fast.data.workers import auto_workers
@@ -193,6 +194,8 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
         raise UsageError(f"--cuda-graph: {reason}; leave it out")
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
     loader, loader_notes = choose_loader(config.data, source, recipe, device)
+    known = dict(source.known_bad)  # too many of them are said before anything is written
+    Quarantine(source.train.images, config.data.max_bad_fraction, known=known, left_out=source.left_out)
 
     network = build_network(config, source.size)
     averaged = training.batch_size // training.accumulate // (1 if training.sync_batchnorm else processes.world_size)
