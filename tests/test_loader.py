@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import secrets
 import sys
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def test_a_dali_that_cannot_start_is_said_and_replaced(photos: Source, monkeypat
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     name, (note,) = choose_loader(config, photos, CROPS, CPU)
     assert name == "workers" and "DALI cannot start (" in note and "\n" not in note
+    assert "pip install nvidia-dali-cuda130" in note
     with pytest.raises(UsageError, match=r"DALI cannot start: .*; use --loader workers"):
         choose_loader(DataConfig(loader="dali"), photos, CROPS, CPU)
     monkeypatch.undo()
@@ -111,8 +113,9 @@ def test_any_start_and_any_number_of_ranks(name: str, photos: Source) -> None:
     whole = list(training_batches(name, photos, clock, range(10), CPU, workers_count=1))
     assert [batch.step for batch in whole] == list(range(10))
     assert all(batch.views.shape == (16, 3, 24, 24) for batch in whole)
-    later = list(training_batches(name, photos, clock, range(7, 10), CPU, workers_count=0))
-    assert len(later) == 3 and all(map(same, whole[7:], later))
+    start = secrets.randbelow(9) + 1
+    later = list(training_batches(name, photos, clock, range(start, 10), CPU, workers_count=0))
+    assert len(later) == 10 - start and all(map(same, whole[start:], later)), start
     for world in (2, 4):
         ranks = [
             training_batches(name, photos, clock, range(2, 5), CPU, workers_count=0, rank=r, world_size=world)
@@ -131,9 +134,7 @@ def test_all_loaders_show_the_same(photos: Source) -> None:
         for name in ("workers", "dali", "resident")
     ]
     for reference, *others in zip(*loaders, strict=True):
-        for other in others:
-            assert same(other._replace(views=reference.views), reference)
-            assert (other.views.int() - reference.views.int()).abs().float().mean() <= 0.5
+        assert all(same(other, reference) for other in others)
 
 
 # ---- runs ----
@@ -190,13 +191,13 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
             nonlocal count
             count += 1
             if stop_after is not None and count > stop_after:
-                raise MemoryError
+                raise InterruptedError
             return original(*arguments)  # type: ignore[arg-type]
 
         graphed.training_step = counted  # type: ignore[assignment]
         try:
             trainer.train(run, directory, Listening(quiet=True), step, seconds)
-        except MemoryError:
+        except InterruptedError:
             pass
         finally:
             graphed.training_step = original

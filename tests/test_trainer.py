@@ -129,13 +129,13 @@ def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_pa
     def dying(*arguments):
         calls.append(None)
         if len(calls) == 14:
-            raise MemoryError
+            raise InterruptedError
         return step_function(*arguments)
 
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(graphed, "training_step", dying)
-        with pytest.raises(MemoryError):
+        with pytest.raises(InterruptedError):
             trainer.train(start(directory), directory, QUIET)
     assert checkpoint.latest(directory).name == "step-00000010"
     assert rows(directory)[-1][0] == "12"  # past the checkpoint: replaced on resume

@@ -253,6 +253,8 @@ def why_not(device: torch.device) -> str | None:
     pixel = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
     try:
         build_pipeline(lambda: ([pixel], *_whole(device)), 1, 1, device, 1).run()
+    except ModuleNotFoundError as error:
+        return f"{reason_of(error)}: pip install nvidia-dali-cuda130"
     except Exception as error:  # a missing library, an old driver: ImportError, OSError, RuntimeError
         return reason_of(error)
     return None

@@ -64,10 +64,8 @@ def choose_loader(
 
 
 def _why_no_dali(device: torch.device) -> str | None:
-    try:
-        from falcon_fast.data import dali
-    except ImportError as error:
-        return f"{error}: pip install nvidia-dali-cuda130"
+    from falcon_fast.data import dali
+
     return dali.why_not(device)
 
 
