@@ -59,7 +59,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from falcon_fast.training.run import prepare
 
     training = config.training
-    processes = join(training.strategy, training.device, training.batch_size, training.timeout)
+    processes = join(training.strategy, training.device, training.batch_size, training.timeout, "profile")
     console = Console(highlight=False, markup=False, quiet=not processes.main, stderr=as_json)
 
     def say(line: str) -> None:
