@@ -164,15 +164,23 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatc
     [
         ({"training__seed": 1}, "seed"),
         ({"loss__temperature_batch": 16}, "temperature"),
-        ({"loss__num_codes": 128}, "codes"),
+        ({"loss__num_codes": 128}, "dictionary"),
         ({"optimizer__name": "adam"}, "optimizer"),
         ({"training__amp": True}, "precision"),
         ({"loss__activation": "l2"}, "model"),
     ],
 )
 def test_resuming_with_something_else_is_refused(whole, changes, what):
-    with pytest.raises(UsageError, match=f"its {what} was"):
+    with pytest.raises(UsageError, match=f"its {what} was .*, now it is .*: resume with what it had"):
         restore(prepared(**changes), whole[1])
+
+
+def test_codes_are_told_apart_that_are_called_alike(whole):
+    """By their hash, as another generator's might be; also in a checkpoint that has no other word for them."""
+    run = prepared()
+    run.codes.words.bitwise_not_()
+    with pytest.raises(UsageError, match="its codes was"):
+        restore(run, whole[1])
 
 
 def test_resuming_with_other_data_is_refused(whole):

@@ -38,7 +38,7 @@ from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
 # The first checkpoints do not have them.
-LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision")
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision", "dictionary")
 
 
 @dataclass
@@ -161,6 +161,7 @@ class Run:
             "global batch": training.batch_size,
             "augmentation": repr(self.augmentation),
             "view size": self.source.size,
+            "dictionary": f"{loss.num_codes} {loss.codes} codes",
             "codes": codes,
             "temperature": self.config.tau,
             "mean": list(self.source.mean),
@@ -290,7 +291,10 @@ def restore(run: Run, directory: Path) -> tuple[int, float]:
             if key not in facts and key in LATER_FACTS:
                 continue
             if facts.get(key) != value:
-                raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
+                raise UsageError(
+                    f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}: resume with what it had, or "
+                    "begin another run"
+                )
         seed_process(run, int(facts["step"]))
         checkpoint.load(
             path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state(), rank=processes.rank
