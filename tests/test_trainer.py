@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
@@ -99,6 +100,37 @@ def test_the_seed_alone_decides_the_run(whole, tmp_path):
     # The random states differ by the caller's seed; everything else is equal.
     ours, theirs = whole[0].network.state_dict(), run.network.state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+class Reads(TorchDispatchMode):
+    """After which call of a step each number was read off a tensor: on a GPU, the host would wait there."""
+
+    def __init__(self, calls: list) -> None:
+        super().__init__()
+        self.calls, self.after = calls, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.after.add(len(self.calls))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer__clip_norm": 1.0, "optimizer__ema_decay": 0.9, "training__accumulate": 2}]
+)
+def test_numbers_are_read_where_a_row_is_written_and_nowhere_else(tmp_path, monkeypatch, changes):
+    step_function, calls, run = graphed.training_step, [], start(tmp_path / "run", **changes)
+
+    def counted(*arguments):
+        calls.append(None)
+        return step_function(*arguments)
+
+    monkeypatch.setattr(graphed, "training_step", counted)
+    with Reads(calls) as reads:
+        trainer.train(run, tmp_path / "run", QUIET)
+    # Rows at every third step, tests at the epochs' ends, the finiteness that a checkpoint asks for at every fifth.
+    expected = {step for step in range(1, 23) if step % 3 == 0 or step % 5 == 0 or step % 11 == 0}
+    assert reads.after - {0} == expected
 
 
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch):
