@@ -191,17 +191,15 @@ def describe(run: Any, directory: Path, step: int) -> str:
     config, source = run.config, run.source
     precision = str(run.precision)
     beginning = f"from step {step} of " if step else ""
-    processes = run.processes.world_size
     precision += ", compiled" if config.training.compile else ""
     precision += ", a CUDA graph" if config.training.cuda_graph else ""
     if config.training.accumulate > 1:
         precision += f", {config.training.accumulate} micro-batches a step"
-    place = str(run.device) if processes == 1 else f"{processes} {run.device.type} processes"
     return (
         f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "
         f"{source.size} px; {config.model.name}, f = {config.loss.embedding_dim}, c = {config.loss.num_codes} "
         f"{config.loss.codes} codes, tau = {config.tau:.4g}\n"
-        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {place}, {precision}, "
+        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {run.place}, {precision}, "
         f"loader {run.loader}; "
         f"run directory {directory}"
     )

@@ -38,7 +38,7 @@ def test_json_alone_is_on_stdout_and_nothing_is_written(falcon_fast, tmp_path):
     code, out, err = falcon_fast("profile", *TINY, "--json", "--loader", "synthetic", "--optimizer", "sgd")
     assert code == 0, err
     found = json.loads(out)
-    assert "loader synthetic" in err
+    assert "loader synthetic" in err and found["strategy"] == "single"
     phases = found["phase_seconds"]
     assert list(phases) == ["data", "photometric", "forward", "loss", "backward", "optimizer"]
     assert sum(phases.values()) == pytest.approx(found["step_seconds"])
@@ -126,7 +126,8 @@ def test_under_torchrun_one_process_speaks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["processes"] == 2 and found["phase_seconds"]["communication"] >= 0
+    assert (found["processes"], found["strategy"]) == (2, "ddp")
+    assert found["phase_seconds"]["communication"] >= 0
     assert not list(tmp_path.iterdir())
 
 

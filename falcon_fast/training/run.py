@@ -121,6 +121,16 @@ class Run:
         """Whether each process holds a part of the parameters only."""
         return self.processes.group is not None and self.processes.strategy == "fsdp"
 
+    @property
+    def place(self) -> str:
+        """On what it runs, and by which strategy where that is several processes."""
+        world_size = self.processes.world_size
+        return (
+            str(self.device)
+            if world_size == 1
+            else f"{world_size} {self.device.type} processes ({self.processes.strategy})"
+        )
+
     def whole(self) -> tuple[FalconNetwork, nn.Linear | None]:
         """Network and probe with all their parameters, for process 0 to evaluate; all processes together.
 
