@@ -25,6 +25,10 @@ cli.add_command(data)
 cli.add_command(profile)
 
 
+# Seconds that --continue waits for the run before it: NFS knows that a machine is gone, with its locks, after 90.
+PATIENCE = 100.0
+
+
 @cli.command()
 @training_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run goes; default runs/<recipe>-<time>.")
@@ -49,6 +53,8 @@ def train(
     from falcon_fast import config as configuration
     from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.lock import RunLock
+    from falcon_fast.training import checkpoint
     from falcon_fast.training.processes import join
     from falcon_fast.training.run import prepare, restore
     from falcon_fast.training.trainer import train as train_run
@@ -78,9 +84,19 @@ def train(
     directory = processes.from_main(directory)  # its name may hold the time
     console = Console(highlight=False, markup=False, quiet=not processes.main)
     begun = resume is not None
-    if continuing:
+    lock = click.get_current_context().with_resource(RunLock(directory))
+    if begun:
         with processes.together():
-            state = runs.state_of(directory, config, CHANGEABLE) if processes.main else ""
+            if processes.main:
+                lock.take()
+    if continuing:
+        state = ""
+        with processes.together():
+            if processes.main:
+                state = runs.state_of(directory, config, CHANGEABLE)
+                if state != "finished" and directory.is_dir():
+                    lock.take(PATIENCE, lambda line: console.print(line, soft_wrap=True))
+                    state = runs.state_of(directory, config, CHANGEABLE)  # as the run that had it has left it
         state = processes.from_main(state)
         if state == "finished":
             console.print(f"{directory} is finished: its figures are in {directory / 'result.json'}", soft_wrap=True)
@@ -93,14 +109,16 @@ def train(
         if processes.main and begun:
             runs.remove_partials(directory)
         elif processes.main:
-            runs.create_run_directory(directory, run.config, again=continuing)
+            runs.create_run_directory(directory, run.config, again=lock.held, lock=lock)
     for note in run.notes:
         console.print(note, soft_wrap=True)
     console.print(describe(run, directory, step), soft_wrap=True)
     try:
         seconds = train_run(run, directory, console, step, seconds)
     except KeyboardInterrupt:
-        console.print(f"stopped; continue with: falcon-fast train --resume {directory}", soft_wrap=True)
+        kept = checkpoint.complete(directory / "checkpoints")  # a second Ctrl-C does not wait for the first one
+        how = f"continue with: falcon-fast train --resume {directory}" if kept else "no checkpoint had been written"
+        console.print(f"stopped; {how}", soft_wrap=True)
         stop = SystemExit(130)  # of every process; torchrun makes 1 of it
         stop.agreed = True  # type: ignore[attr-defined]
         raise stop from None
@@ -173,17 +191,15 @@ def describe(run: Any, directory: Path, step: int) -> str:
     config, source = run.config, run.source
     precision = str(run.precision)
     beginning = f"from step {step} of " if step else ""
-    processes = run.processes.world_size
     precision += ", compiled" if config.training.compile else ""
     precision += ", a CUDA graph" if config.training.cuda_graph else ""
     if config.training.accumulate > 1:
         precision += f", {config.training.accumulate} micro-batches a step"
-    place = str(run.device) if processes == 1 else f"{processes} {run.device.type} processes"
     return (
         f"recipe {config.recipe}: {len(source.train.images)} images to train on, {len(source.test.images)} to test on, "
         f"{source.size} px; {config.model.name}, f = {config.loss.embedding_dim}, c = {config.loss.num_codes} "
         f"{config.loss.codes} codes, tau = {config.tau:.4g}\n"
-        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {place}, {precision}, "
+        f"{beginning}{run.total_steps} steps of {config.training.batch_size} images on {run.place}, {precision}, "
         f"loader {run.loader}; "
         f"run directory {directory}"
     )
@@ -202,9 +218,9 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
 
     console = Console(highlight=False, markup=False)
     result = runs.evaluate(runs.load_trained(run, device), data, say=lambda line: console.print(line, soft_wrap=True))
-    runs.write_json(run / "evaluation.json", result)
-    for table in result_tables(result):
+    for table in result_tables(result):  # first: the run directory may be another one's, or the disk full
         console.print(table)
+    runs.write_json(run / "evaluation.json", result)
 
 
 @cli.command()

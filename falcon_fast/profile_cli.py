@@ -59,7 +59,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from falcon_fast.training.run import prepare
 
     training = config.training
-    processes = join(training.strategy, training.device, training.batch_size, training.timeout)
+    processes = join(training.strategy, training.device, training.batch_size, training.timeout, "profile")
     console = Console(highlight=False, markup=False, quiet=not processes.main, stderr=as_json)
 
     def say(line: str) -> None:
@@ -68,9 +68,10 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     run = prepare(config, processes)
     for note in run.notes:
         say(note)
-    head = facts(run.config, run.source.size) | {"precision": run.precision.name, "loader": run.loader}
-    place = str(run.device) if processes.world_size == 1 else f"{processes.world_size} {run.device.type} processes"
-    say(f"{described(head)} on {place}, {run.precision}, loader {run.loader}")
+    strategy = "single" if processes.group is None else processes.strategy
+    head = facts(run.config, run.source.size)
+    head |= {"strategy": strategy, "precision": run.precision.name, "loader": run.loader}
+    say(f"{described(head)} on {run.place}, {run.precision}, loader {run.loader}")
     found = profile(run, steps, say, trace)
     processes.close()
     if not processes.main:

@@ -122,8 +122,7 @@ def profile(run: Run, count: int, say: Callable[[str], None], trace_file: Path |
         steps = phases.Steps(run, feed)
         timings = phases.measure(run, steps, count)
         if trace_file is not None:
-            target = trace_file if run.processes.main else None
-            phases.trace(run, steps, lambda found: found.export_chrome_trace(str(target)) if target else None)
+            phases.trace(run, steps, lambda found: _write(found, trace_file) if run.processes.main else None)
     with run.processes.together():  # the others wait: on a CPU they would share it
         measured = peaks.measure(run.device, run.precision) if run.processes.main else None
     measured = run.processes.from_main(measured)
@@ -151,12 +150,21 @@ def profile(run: Run, count: int, say: Callable[[str], None], trace_file: Path |
     )
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _check_writable(path: Path) -> None:
     try:
-        with path.open("a", encoding="utf-8"):
-            pass
+        _partial(path).touch()
+        _partial(path).unlink()
     except OSError as error:
         raise UsageError(f"the trace {path} cannot be written: {error.strerror}") from None
+
+
+def _write(found: torch.profiler.profile, path: Path) -> None:
+    found.export_chrome_trace(str(_partial(path)))
+    _partial(path).replace(path)
 
 
 def _network(found: dict[str, float]) -> float | None:

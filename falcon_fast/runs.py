@@ -30,6 +30,8 @@ from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves
+from falcon_fast.lock import NAME as LOCK
+from falcon_fast.lock import RunLock
 from falcon_fast.models import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.training import checkpoint
@@ -37,22 +39,36 @@ from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.run import Run
 
 
-def create_run_directory(path: Path, config: Config, again: bool = False) -> None:
-    """Make an empty run directory and put config.toml there; `again`, also where a run died before its first checkpoint.
+def create_run_directory(path: Path, config: Config, again: bool = False, lock: RunLock | None = None) -> None:
+    """Make an empty run directory, take its `lock`, and put config.toml there.
+
+    again: also where a run died before its first checkpoint, whose lock is held already.
 
     Raises:
-        UsageError: the directory has contents of its own, or cannot be written.
+        UsageError: the directory has contents of its own, cannot be written, or another run has just begun there.
     """
+    partial = path / ".config.toml.partial"
     try:
-        if not again and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not again and _occupied(path):
             raise UsageError(f"run directory {path} is not empty: choose another, or continue it with --resume {path}")
         path.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.take()
         remove_partials(path)
-        partial = path / ".config.toml.partial"
-        partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(path / "config.toml")
+        try:
+            partial.write_text(dump_config(config), encoding="utf-8")
+            partial.replace(path / "config.toml")
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"run directory {path} cannot be written: {error.strerror}") from None
+
+
+def _occupied(path: Path) -> bool:
+    """Whether something is there beside what a killed process left."""
+    if not path.is_dir():
+        return path.exists()
+    return any(entry.name != LOCK and not entry.name.endswith(".partial") for entry in path.iterdir())
 
 
 def remove_partials(path: Path) -> None:
@@ -68,7 +84,7 @@ def state_of(path: Path, config: Config, changeable: Collection[str]) -> str:
         UsageError: the directory holds something else, or a run whose settings differ otherwise than in `changeable`.
     """
     if not (path / "config.toml").exists():
-        if path.exists() and (not path.is_dir() or any(not p.name.endswith(".partial") for p in path.iterdir())):
+        if _occupied(path):
             raise UsageError(f"{path} holds something else than a run: choose another --run-dir")
         return "new"
     theirs = dataclasses.asdict(load_config(path / "config.toml"))

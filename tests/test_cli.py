@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from falcon_fast import cli, config, runs
+from falcon_fast.training import trainer
+
+from .test_lock import another_run
 
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--epochs", "2", "--no-amp"]
 
@@ -264,8 +269,6 @@ def test_a_diverging_run_exits_with_one_line(tmp_path, falcon_fast):
 
 
 def test_resume_of_a_finished_run_only_evaluates(finished, tmp_path, falcon_fast):
-    import shutil
-
     copied = tmp_path / "copy"
     shutil.copytree(finished[0], copied)
     code, _, err = falcon_fast("train", "--resume", copied)
@@ -292,8 +295,6 @@ def test_continue_of_another_run_names_the_difference(finished, falcon_fast):
 
 def test_continue_goes_on_or_starts_over(finished, tmp_path, falcon_fast):
     """A checkpoint but no result: it goes on. A configuration alone, of a run that died early: it starts over."""
-    import shutil
-
     died = tmp_path / "died"
     shutil.copytree(finished[0], died)
     (died / "result.json").unlink()
@@ -314,6 +315,79 @@ def test_continue_goes_on_or_starts_over(finished, tmp_path, falcon_fast):
         [row.split(",")[:11] for row in (d / "metrics.csv").read_text().splitlines()] for d in (early, finished[0])
     ]
     assert untimed[0] == untimed[1]
+
+
+def test_another_run_in_the_same_directory_is_refused(finished, tmp_path, falcon_fast):
+    """However it is begun: with checkpoints to resume, with a configuration alone, with nothing yet."""
+    begun, early, new = tmp_path / "begun", tmp_path / "early", tmp_path / "new"
+    shutil.copytree(finished[0], begun)
+    for directory in (early, new):
+        directory.mkdir()
+    shutil.copy(finished[0] / "config.toml", early)
+    for directory, how in (
+        (begun, ["--resume", begun]),
+        (early, ["--resume", early]),
+        (new, [*TINY, "--run-dir", new]),
+    ):
+        with another_run(directory):
+            before = {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
+            code, _, err = falcon_fast("train", *how)
+            assert code == 2 and f"trains in {directory}" in err and len(err.strip().splitlines()) == 1
+            assert {p: p.stat().st_mtime_ns for p in directory.rglob("*")} == before
+
+
+def test_continue_waits_for_the_run_before_it_and_takes_what_that_left(finished, tmp_path, falcon_fast):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    shutil.copy(finished[0] / "config.toml", directory)
+
+    def ends():
+        shutil.copy(finished[0] / "result.json", directory)
+        process.stdin.close()
+
+    with another_run(directory) as process:
+        threading.Timer(0.5, ends).start()
+        code, out, err = falcon_fast("train", *TINY, "--continue", "--run-dir", directory)
+    assert code == 0 and "waiting" in out and "is finished" in out, err
+
+
+def test_what_was_left_half_written_does_not_occupy_a_directory(tmp_path, monkeypatch, falcon_fast):
+    """A full disk: one line, and when there is room again, the same command."""
+    directory = tmp_path / "run"
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        code, _, err = falcon_fast("train", *TINY, "--epochs", 0, "--run-dir", directory)
+        assert code == 2 and "cannot be written: No space left" in err
+    assert not list(directory.iterdir())
+    (directory / ".lock").touch()  # as after SIGKILL
+    (directory / ".config.toml.partial").write_text("recipe =")
+    code, _, err = falcon_fast("train", *TINY, "--epochs", 0, "--run-dir", directory)
+    assert code == 0, err
+    assert not list(directory.glob(".*"))
+
+
+def test_stopped_without_a_checkpoint_is_said_as_such(tmp_path, monkeypatch, falcon_fast):
+    """Two Ctrl-C before the first one is saved: there is nothing to resume."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    code, out, _ = falcon_fast("train", *TINY, "--run-dir", tmp_path / "run")
+    assert code == 130 and "stopped; no checkpoint had been written" in out and "--resume" not in out
+
+
+def test_figures_are_shown_though_they_cannot_be_written(finished, monkeypatch, falcon_fast):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    code, out, err = falcon_fast("evaluate", finished[0])
+    assert code == 1 and "trained by FALCON" in out and "No space left" in err
 
 
 def test_importing_the_package_is_light():

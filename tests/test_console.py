@@ -42,6 +42,10 @@ def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
     with MetricsFile(path, keep_until_step=20) as file:
         file.write(ROW | {"step": 40})
     assert [row["step"] for row in csv.DictReader(path.open())] == ["10", "20", "40"]
+    path.write_text(path.read_text() + "2,0.1,3")  # the 2 is of a 21: the disk was full
+    with MetricsFile(path, keep_until_step=20) as file:
+        file.write(ROW | {"step": 30})
+    assert [row["step"] for row in csv.DictReader(path.open())] == ["10", "20", "30"]
     with MetricsFile(path) as file:
         pass
     assert not list(csv.DictReader(path.open()))

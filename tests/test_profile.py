@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from falcon_fast import cli
+from falcon_fast.errors import TrainingError
+from falcon_fast.training import phases
 
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--batch-size", "16", "--steps", "4"]
 
@@ -36,7 +38,7 @@ def test_json_alone_is_on_stdout_and_nothing_is_written(falcon_fast, tmp_path):
     code, out, err = falcon_fast("profile", *TINY, "--json", "--loader", "synthetic", "--optimizer", "sgd")
     assert code == 0, err
     found = json.loads(out)
-    assert "loader synthetic" in err
+    assert "loader synthetic" in err and found["strategy"] == "single"
     phases = found["phase_seconds"]
     assert list(phases) == ["data", "photometric", "forward", "loss", "backward", "optimizer"]
     assert sum(phases.values()) == pytest.approx(found["step_seconds"])
@@ -83,12 +85,22 @@ def test_a_prediction_needs_neither_gpu_nor_data(falcon_fast, tmp_path):
         (["--predict", "a100", "--trace", "x.json"], "leave out --predict"),
         (["--trace", "nowhere/x.json"], "cannot be written"),
         (["--recipe", "cifar10"], "needs --data"),
-        (["--strategy", "ddp"], "needs torchrun"),
+        (["--strategy", "ddp"], "--no-python falcon-fast profile"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(falcon_fast, arguments, said):
     code, _, err = falcon_fast("profile", *arguments)
     assert code == 2 and said in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_trace_is_there_whole_or_not_at_all(falcon_fast, tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise TrainingError("stopped")
+
+    monkeypatch.setattr(phases, "measure", failing)
+    code, _, err = falcon_fast("profile", *TINY, "--trace", "trace.json")
+    assert code == 1 and "stopped" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -114,7 +126,8 @@ def test_under_torchrun_one_process_speaks(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["processes"] == 2 and found["phase_seconds"]["communication"] >= 0
+    assert (found["processes"], found["strategy"]) == (2, "ddp")
+    assert found["phase_seconds"]["communication"] >= 0
     assert not list(tmp_path.iterdir())
 
 

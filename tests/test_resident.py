@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 from falcon_fast.config import DataConfig
 from falcon_fast.data import resident, workers
 from falcon_fast.data.augmentation import AUGMENTATIONS
+from falcon_fast.data.batch import Batch
 from falcon_fast.data.images import ImageArray, ImageFiles, Split, header_size
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock
@@ -41,9 +44,14 @@ def crops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         pytest.skip("extension not built")
 
 
+def batches(split: Split, clock: Clock, size: int, steps: range, **options: Any) -> Iterator[Batch]:
+    inputs, batch_of = resident.training_inputs(split, clock, size, steps, CPU, **options)
+    return map(batch_of, inputs)
+
+
 def check_same(split: Split, recipe: str, batch_size: int, size: int, steps: range) -> None:
     clock = Clock(11, len(split.images), batch_size, AUGMENTATIONS[recipe])
-    ours = list(resident.training_batches(split, clock, size, steps, CPU))
+    ours = list(batches(split, clock, size, steps))
     theirs = list(workers.training_batches(split, clock, size, steps, CPU, workers=0))
     assert len(ours) == len(theirs) == len(steps)
     for a, b in zip(ours, theirs, strict=True):
@@ -98,14 +106,11 @@ def test_a_large_batch_is_cropped_in_parts(array_split: Split, monkeypatch: pyte
 @pytest.mark.parametrize("recipe", ["cifar-asymmetric", "digits"])
 def test_starting_later_and_other_numbers_of_ranks_change_nothing(array_split: Split, recipe: str) -> None:
     clock = Clock(2, 50, 16, AUGMENTATIONS[recipe])  # 3 steps an epoch
-    whole = list(resident.training_batches(array_split, clock, 32, range(9), CPU))
-    later = list(resident.training_batches(array_split, clock, 32, range(4, 9), CPU))
+    whole = list(batches(array_split, clock, 32, range(9)))
+    later = list(batches(array_split, clock, 32, range(4, 9)))
     assert len(later) == 5 and all(map(same, whole[4:], later))
     for world in (2, 4):
-        ranks = [
-            resident.training_batches(array_split, clock, 32, range(1, 8), CPU, rank=r, world_size=world)
-            for r in range(world)
-        ]
+        ranks = [batches(array_split, clock, 32, range(1, 8), rank=r, world_size=world) for r in range(world)]
         for batch, *parts in zip(whole[1:8], *ranks, strict=True):
             assert same(batch, joined(parts))
 
@@ -133,9 +138,9 @@ def test_bad_files_are_replaced_as_the_workers_replace_them(tmp_path: Path) -> N
         damage(paths[victim], kind)
     clock = Clock(5, 30, 10, RECIPE)
     ours, theirs = Quarantine(split.images, 0.2), Quarantine(split.images, 0.2)
-    by_us = resident.training_batches(split, clock, 48, range(6), CPU, quarantine=ours)
+    by_us = batches(split, clock, 48, range(6), quarantine=ours)
     by_workers = workers.training_batches(split, clock, 48, range(6), CPU, workers=0, quarantine=theirs)
     assert all(map(same, by_us, by_workers))
     assert ours.bad == theirs.bad and set(ours.bad) == {3, 4, 20}
     with pytest.raises(UsageError, match="3 of 30 images cannot be decoded"):
-        next(resident.training_batches(split, clock, 16, range(6), CPU, quarantine=Quarantine(split.images, 0.08)))
+        next(batches(split, clock, 16, range(6), quarantine=Quarantine(split.images, 0.08)))

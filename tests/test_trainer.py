@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
@@ -101,6 +102,37 @@ def test_the_seed_alone_decides_the_run(whole, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+class Reads(TorchDispatchMode):
+    """After which call of a step each number was read off a tensor: on a GPU, the host would wait there."""
+
+    def __init__(self, calls: list) -> None:
+        super().__init__()
+        self.calls, self.after = calls, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.after.add(len(self.calls))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optimizer__clip_norm": 1.0, "optimizer__ema_decay": 0.9, "training__accumulate": 2}]
+)
+def test_numbers_are_read_where_a_row_is_written_and_nowhere_else(tmp_path, monkeypatch, changes):
+    step_function, calls, run = graphed.training_step, [], start(tmp_path / "run", **changes)
+
+    def counted(*arguments):
+        calls.append(None)
+        return step_function(*arguments)
+
+    monkeypatch.setattr(graphed, "training_step", counted)
+    with Reads(calls) as reads:
+        trainer.train(run, tmp_path / "run", QUIET)
+    # Rows at every third step, tests at the epochs' ends, the finiteness that a checkpoint asks for at every fifth.
+    expected = {step for step in range(1, 23) if step % 3 == 0 or step % 5 == 0 or step % 11 == 0}
+    assert reads.after - {0} == expected
+
+
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     directory, step_function, calls = tmp_path / "run", graphed.training_step, []
 
@@ -164,15 +196,23 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatc
     [
         ({"training__seed": 1}, "seed"),
         ({"loss__temperature_batch": 16}, "temperature"),
-        ({"loss__num_codes": 128}, "codes"),
+        ({"loss__num_codes": 128}, "dictionary"),
         ({"optimizer__name": "adam"}, "optimizer"),
         ({"training__amp": True}, "precision"),
         ({"loss__activation": "l2"}, "model"),
     ],
 )
 def test_resuming_with_something_else_is_refused(whole, changes, what):
-    with pytest.raises(UsageError, match=f"its {what} was"):
+    with pytest.raises(UsageError, match=f"its {what} was .*, now it is .*: resume with what it had"):
         restore(prepared(**changes), whole[1])
+
+
+def test_codes_are_told_apart_that_are_called_alike(whole):
+    """By their hash, as another generator's might be; also in a checkpoint that has no other word for them."""
+    run = prepared()
+    run.codes.words.bitwise_not_()
+    with pytest.raises(UsageError, match="its codes was"):
+        restore(run, whole[1])
 
 
 def test_resuming_with_other_data_is_refused(whole):

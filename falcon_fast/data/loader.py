@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,28 +81,10 @@ def training_inputs(
     world_size: int = 1,
     quarantine: Quarantine | None = None,
 ) -> tuple[Generator[Any], Callable[[Any], Batch]]:
-    """What `training_batches` yields in two parts: inputs, and the function on the device that makes batches of them.
+    """The batches of `steps`, in order, on `device`, in two parts: inputs, and the function on the device that makes batches of
+    them. By a loader that `choose_loader` named.
 
     Resident images are cropped by the function, which a CUDA graph can hold; the other loaders' inputs are batches already.
-    """
-    if loader == "resident":
-        return resident.training_inputs(source.train, clock, source.size, steps, device, rank, world_size, quarantine)
-    batches = training_batches(loader, source, clock, steps, device, workers_count, rank, world_size, quarantine)
-    return batches, lambda batch: batch
-
-
-def training_batches(
-    loader: str,
-    source: Source,
-    clock: Clock,
-    steps: range,
-    device: torch.device,
-    workers_count: int = -1,
-    rank: int = 0,
-    world_size: int = 1,
-    quarantine: Quarantine | None = None,
-) -> Generator[Batch]:
-    """Yield the batches of `steps`, in order, on `device`, by a loader that `choose_loader` named.
 
     Args:
         source: its training split is shown, in views of its size.
@@ -113,13 +96,23 @@ def training_batches(
     Raises:
         UsageError: more images are bad than the quarantine allows.
     """
-    split, size = source.train, source.size
-    if loader == "synthetic":
-        return synthetic.training_batches(split, clock, size, steps, device, rank, world_size)
-    if loader == "workers":
-        return workers.training_batches(split, clock, size, steps, device, workers_count, rank, world_size, quarantine)
+    common = (source.train, clock, source.size, steps, device)
     if loader == "resident":
-        return resident.training_batches(split, clock, size, steps, device, rank, world_size, quarantine)
-    from falcon_fast.data import dali
+        return resident.training_inputs(*common, rank, world_size, quarantine)
+    if loader == "synthetic":
+        batches = synthetic.training_batches(*common, rank, world_size)
+    elif loader == "workers":
+        batches = workers.training_batches(*common, workers_count, rank, world_size, quarantine)
+    else:
+        from falcon_fast.data import dali
 
-    return dali.training_batches(split, clock, size, steps, device, rank, world_size, quarantine)
+        batches = dali.training_batches(*common, rank, world_size, quarantine)
+    return batches, lambda batch: batch
+
+
+def training_batches(*arguments: Any, **options: Any) -> Generator[Batch]:
+    """The batches that the two parts of `training_inputs` make, whose arguments these are."""
+    inputs, batch_of = training_inputs(*arguments, **options)
+    with closing(inputs):
+        for each in inputs:
+            yield batch_of(each)

@@ -264,25 +264,3 @@ def training_inputs(
             yield PlannedBatch(step, indices, epoch.geometry[at], epoch.flips[at], parameters)
 
     return planned(), resident.batch
-
-
-def training_batches(
-    split: Split,
-    clock: Clock,
-    size: int,
-    steps: range,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    quarantine: Quarantine | None = None,
-) -> Generator[Batch]:
-    """Yield the batches of `steps`, in order, on `device`: as `workers.training_batches` does, bit for bit.
-
-    Raises:
-        UsageError: more images are bad than the quarantine allows; the message names one.
-    """
-    if not steps:
-        return
-    planned, batch_of = training_inputs(split, clock, size, steps, device, rank, world_size, quarantine)
-    for each in planned:
-        yield batch_of(each)

@@ -46,10 +46,10 @@ class MetricsFile:
         kept = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_until_step]
+                kept = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_until_step]
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
         partial.replace(path)
@@ -66,6 +66,11 @@ class MetricsFile:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+
+
+def _whole(row: Mapping[Any, Any]) -> bool:
+    """Whether it has a value for each name of the header, as the last row has not where the disk was full."""
+    return None not in row and None not in row.values() and row.get("step", "").isdecimal()
 
 
 class TrainingDisplay:

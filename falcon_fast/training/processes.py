@@ -153,8 +153,10 @@ def speaks(error: BaseException) -> bool:
     return alone or (dist.is_available() and dist.is_initialized() and not getattr(error, "agreed", False))
 
 
-def join(strategy: str, device: str, batch_size: int, timeout: int) -> Processes:
+def join(strategy: str, device: str, batch_size: int, timeout: int, command: str = "train") -> Processes:
     """Meet the other processes of the run. `strategy` auto is ddp where torchrun started several processes, else single.
+
+    command: of falcon-fast, for what a message tells to type.
 
     Raises:
         UsageError: the strategy and the way of starting do not fit, or the batch or the devices do not divide.
@@ -171,7 +173,7 @@ def join(strategy: str, device: str, batch_size: int, timeout: int) -> Processes
     if not launched():
         raise UsageError(
             f"--strategy {strategy} needs torchrun: torchrun --nproc-per-node {max(2, torch.cuda.device_count())} --no-python "
-            "falcon-fast train ..."
+            f"falcon-fast {command} ..."
         )
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if batch_size % world_size:

@@ -39,7 +39,7 @@ from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
 # The first checkpoints do not have them.
-LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision")
+LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision", "dictionary")
 
 
 @dataclass
@@ -122,6 +122,16 @@ class Run:
         """Whether each process holds a part of the parameters only."""
         return self.processes.group is not None and self.processes.strategy == "fsdp"
 
+    @property
+    def place(self) -> str:
+        """On what it runs, and by which strategy where that is several processes."""
+        world_size = self.processes.world_size
+        return (
+            str(self.device)
+            if world_size == 1
+            else f"{world_size} {self.device.type} processes ({self.processes.strategy})"
+        )
+
     def whole(self) -> tuple[FalconNetwork, nn.Linear | None]:
         """Network and probe with all their parameters, for process 0 to evaluate; all processes together.
 
@@ -162,6 +172,7 @@ class Run:
             "global batch": training.batch_size,
             "augmentation": repr(self.augmentation),
             "view size": self.source.size,
+            "dictionary": f"{loss.num_codes} {loss.codes} codes",
             "codes": codes,
             "temperature": self.config.tau,
             "mean": list(self.source.mean),
@@ -293,7 +304,10 @@ def restore(run: Run, directory: Path) -> tuple[int, float]:
             if key not in facts and key in LATER_FACTS:
                 continue
             if facts.get(key) != value:
-                raise UsageError(f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}")
+                raise UsageError(
+                    f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}: resume with what it had, or "
+                    "begin another run"
+                )
         seed_process(run, int(facts["step"]))
         checkpoint.load(
             path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state(), rank=processes.rank
