@@ -17,6 +17,7 @@ from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import Config, load_recipe, override, validate
 from falcon_fast.models import build_codes, build_network
 from falcon_fast.training.compiled import compiled_objective
+from falcon_fast.training.memory import keep_host_memory
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 
@@ -62,6 +63,7 @@ def steps(config: Config, size: int):
 def test_compiled_against_eager(table, case):
     recipe, changes, size, rounds = CASES[case]
     config = validate(override(load_recipe(recipe), changes))
+    keep_host_memory(DEVICE)  # as training does
     functions = steps(config, size)
     start = time.perf_counter()
     functions["compiled"]()

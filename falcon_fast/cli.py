@@ -55,6 +55,7 @@ def train(
     from falcon_fast.evaluation.report import result_tables
     from falcon_fast.lock import RunLock
     from falcon_fast.training import checkpoint
+    from falcon_fast.training.memory import keep_host_memory
     from falcon_fast.training.processes import join
     from falcon_fast.training.run import prepare, restore
     from falcon_fast.training.trainer import train as train_run
@@ -104,6 +105,7 @@ def train(
             return
         begun = state == "begun"
     run = prepare(config, processes)
+    keep_host_memory(run.device)
     step, seconds = restore(run, directory) if begun else (0, 0.0)
     with processes.together():
         if processes.main and begun:

@@ -55,6 +55,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from rich.console import Console
 
     from falcon_fast.profiling import lines, profile
+    from falcon_fast.training.memory import keep_host_memory
     from falcon_fast.training.processes import join
     from falcon_fast.training.run import prepare
 
@@ -66,6 +67,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
         console.print(line, soft_wrap=True)
 
     run = prepare(config, processes)
+    keep_host_memory(run.device)
     for note in run.notes:
         say(note)
     strategy = "single" if processes.group is None else processes.strategy

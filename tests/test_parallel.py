@@ -325,8 +325,8 @@ def test_a_share_of_one_image_needs_synchronised_batchnorm():
 # ---- under torchrun ----
 
 
-def torchrun(*arguments: object, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*arguments: object, processes: int = 2, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "falcon_fast", "train", *map(str, arguments)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -401,6 +401,22 @@ def test_a_whole_run_under_torchrun(tmp_path):
     assert process.returncode == 0, err
     assert out.count("everything is in") == 1
     assert (tmp_path / "run" / "result.json").exists() and (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("options", [[], ["--amp", "--compile"]])
+def test_one_process_with_a_strategy_is_a_run_alone(tmp_path, strategy, options):
+    """On a GPU this is what nccl, and the hosts' gloo beside it, must do with one GPU alone."""
+    options = [*TINY, *options, "--epochs", "1", "--set", "log.every_steps=1"]
+    process = torchrun(*options, "--strategy", strategy, "--run-dir", "group", processes=1, cwd=tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    command = [sys.executable, "-m", "falcon_fast", "train", *options, "--run-dir", "alone"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    found, expected = ([row["loss"] for row in rows(tmp_path / name)] for name in ("group", "alone"))
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-2 if "--amp" in options else 1e-4)
+    assert found == pytest.approx(expected, rel=0.1)  # rounding grows
 
 
 def test_average_buffers_alone_leaves_them():

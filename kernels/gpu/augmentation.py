@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 
 WHOLE = 4096  # pixels of a view that one program holds: 64 x 64
 BLOCK = (
@@ -334,7 +334,7 @@ def augment_views(
     whole = pixels <= WHOLE
     block = triton.next_power_of_2(pixels if whole else max(BLOCK, width))
     block_pixels = pixels if whole else block // width * width
-    blocks = triton.cdiv(pixels, block_pixels)
+    blocks = ceil_div(pixels, block_pixels)
     grid = (n, blocks)
     warps = min(16, max(1, block // (32 * PIXELS_PER_THREAD)))
     operations = sum(1 << number for number, there in enumerate(recipe.operations) if there)

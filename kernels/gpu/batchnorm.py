@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import device_facts, launch
+from falcon_fast.kernels.gpu.launch import ceil_div, device_facts, launch
 
 # One program finishes its columns in all views, in one launch, up to this many rows a view: 4 steps of 128 rows.
 MOST_ROWS_AT_ONCE = 512
@@ -47,10 +47,10 @@ class Averages(NamedTuple):
 
 def row_splits(n: int, f: int, views: int, processors: int) -> tuple[int, int]:
     """Into how many parts the n rows of a view are split to fill the GPU, and the rows of a part."""
-    programs = triton.cdiv(f, SPLIT_COLUMNS) * views
+    programs = ceil_div(f, SPLIT_COLUMNS) * views
     splits = max(1, min(PROGRAMS_A_PROCESSOR * processors // programs, n // SHORTEST_SPLIT, MOST_SPLITS))
-    rows = triton.cdiv(triton.cdiv(n, splits), SPLIT_ROWS) * SPLIT_ROWS
-    return triton.cdiv(n, rows), rows
+    rows = ceil_div(ceil_div(n, splits), SPLIT_ROWS) * SPLIT_ROWS
+    return ceil_div(n, rows), rows
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def batch_statistics(
     columns = COLUMNS_AT_ONCE if at_once else SPLIT_COLUMNS
     launch(
         statistics_kernel,
-        (triton.cdiv(f, columns),) if at_once else (triton.cdiv(f, columns), views, splits),
+        (ceil_div(f, columns),) if at_once else (ceil_div(f, columns), views, splits),
         x,
         *tensors,
         parts,
@@ -252,7 +252,7 @@ def batch_statistics(
     def merge(parts: torch.Tensor, out: torch.Tensor, how: dict[str, bool]) -> None:
         launch(
             merge_parts_kernel,
-            (triton.cdiv(f, MERGED_COLUMNS),),
+            (ceil_div(f, MERGED_COLUMNS),),
             parts,
             *tensors,
             out,
@@ -292,7 +292,7 @@ def running_statistics(mean: torch.Tensor, variance: torch.Tensor, bias: torch.T
     out = torch.empty(4, 1, f, device=mean.device)
     launch(
         running_statistics_kernel,
-        (triton.cdiv(f, MERGED_COLUMNS),),
+        (ceil_div(f, MERGED_COLUMNS),),
         mean,
         variance,
         bias,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.plan import TILE
 from falcon_fast.kernels.gpu.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2
@@ -44,8 +44,8 @@ class ColumnState:
     """
 
     def __init__(self, c: int, strip: int, grouped: bool, device: torch.device) -> None:
-        padded_c = triton.cdiv(c, TILE) * TILE
-        self.strip, self.strips = strip, triton.cdiv(c, strip)
+        padded_c = ceil_div(c, TILE) * TILE
+        self.strip, self.strips = strip, ceil_div(c, strip)
         self.log_pbar = torch.empty(2, padded_c, device=device)
         self.prior = torch.empty(2, self.strips, device=device)
         self.used = torch.empty(padded_c if grouped else self.strips, dtype=torch.int32, device=device)
@@ -183,7 +183,7 @@ def columns(
     strip = state.strip
     launch(
         columns_kernel,
-        (triton.cdiv(count, strip), 2),
+        (ceil_div(count, strip), 2),
         d,
         tile_maximum,
         rows.maximum,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.tiles import LOG2_E, feature_of, paired_row
 
 IMAGES = 8  # a program: as many as follow one another in the paired order
@@ -85,7 +85,7 @@ def cast_embeddings(
     scale, norm = (torch.empty(2 * padded_n, dtype=torch.float32, device=h1.device) for _ in range(2))
     launch(
         cast_embeddings_kernel,
-        (triton.cdiv(padded_n, IMAGES), 2),
+        (ceil_div(padded_n, IMAGES), 2),
         h1,
         h2,
         out,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.tiles import expand_signs
 
 
@@ -33,7 +33,7 @@ def expand_codes(words: torch.Tensor, out: torch.Tensor, ordered: bool) -> None:
     count, f = out.shape
     launch(
         expand_kernel,
-        (triton.cdiv(count, 16), triton.cdiv(f, 32 * 8)),
+        (ceil_div(count, 16), ceil_div(f, 32 * 8)),
         words,
         out,
         count,

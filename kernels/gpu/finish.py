@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from falcon_fast.kernels.gpu.columns import ColumnState, Scales
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2, paired_row
 
@@ -211,7 +211,7 @@ def finish(
     strips, _, n = partial.shape
     launch(
         finish_kernel,
-        (triton.cdiv(n, FINISHED_ROWS), 2),
+        (ceil_div(n, FINISHED_ROWS), 2),
         partial,
         rows.prior,
         rows.sum,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from falcon_fast.kernels.gpu.columns import ColumnState, Scales, prior_gradient
 from falcon_fast.kernels.gpu.expand import expand_codes
-from falcon_fast.kernels.gpu.launch import launch, multiply
+from falcon_fast.kernels.gpu.launch import ceil_div, launch, multiply
 from falcon_fast.kernels.gpu.plan import TILE, ProductTiles
 from falcon_fast.kernels.gpu.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2, expand_signs, feature_of
@@ -122,7 +122,7 @@ def dz_in_place(
     _, n, width = d.shape
     launch(
         dz_kernel,
-        (width // TILE, triton.cdiv(n, DZ_ROWS)),
+        (width // TILE, ceil_div(n, DZ_ROWS)),
         d,
         tile_maximum,
         rows.maximum,
@@ -191,10 +191,10 @@ def packed_product(dz: torch.Tensor, words: torch.Tensor, out: torch.Tensor, til
     """out (splits, rows, f) = dz (rows, width) times the codes `words` (count, words a code), or added to it, split by codes."""
     rows, width = dz.shape
     splits, _, f = out.shape
-    split_codes = triton.cdiv(triton.cdiv(width, splits), tiles.depth) * tiles.depth
+    split_codes = ceil_div(ceil_div(width, splits), tiles.depth) * tiles.depth
     launch(
         product_kernel,
-        (triton.cdiv(rows, tiles.rows), triton.cdiv(f, tiles.features), splits),
+        (ceil_div(rows, tiles.rows), ceil_div(f, tiles.features), splits),
         dz,
         words,
         out,
@@ -264,7 +264,7 @@ def combine(
     g1, g2 = (torch.empty(n, f, dtype=dtype, device=parts.device) for _ in range(2))
     launch(
         combine_kernel,
-        (triton.cdiv(n, COMBINED_ROWS), 2),
+        (ceil_div(n, COMBINED_ROWS), 2),
         parts,
         quantum,
         grad_loss,

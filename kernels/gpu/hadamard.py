@@ -18,7 +18,7 @@ from falcon_fast.kernels.gpu.columns import (
 from falcon_fast.kernels.gpu.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.finish import Parts, Readings, finish
 from falcon_fast.kernels.gpu.gradient import logit_gradients, row_terms
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.logits import TileStatistics
 from falcon_fast.kernels.gpu.plan import HadamardPlan
 from falcon_fast.kernels.gpu.rows import RowState, merge_rows
@@ -275,7 +275,7 @@ def hadamard_loss(
     per_split = -(-blocks // plan.splits)
     launch(
         rows_kernel,
-        (triton.cdiv(n, plan.rows), plan.splits),
+        (ceil_div(n, plan.rows), plan.splits),
         h,
         scale,
         words,
@@ -357,7 +357,7 @@ def hadamard_loss(
     parts = torch.empty(plan.gradient_splits, 2 * n, f, device=device)
     launch(
         gradient_kernel,
-        (triton.cdiv(n, plan.gradient_rows), plan.gradient_splits),
+        (ceil_div(n, plan.gradient_rows), plan.gradient_splits),
         h,
         scale,
         words,

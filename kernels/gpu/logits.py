@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from falcon_fast.kernels.gpu.expand import expand_codes
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.plan import EXPANDED_CODES, TILE, LogitsTiles
 from falcon_fast.kernels.gpu.tiles import ABSENT, expand_signs, not_below, split_views
 
@@ -154,7 +154,7 @@ def dense_logits(
             expand_codes(chunk, expanded[: chunk.shape[0]], ordered=False)
         launch(
             logits_kernel,
-            (triton.cdiv(n, tiles.rows), triton.cdiv(min(at_once, width - at), tiles.codes)),
+            (ceil_div(n, tiles.rows), ceil_div(min(at_once, width - at), tiles.codes)),
             h,
             scale,
             expanded if tiles.expanded else words,

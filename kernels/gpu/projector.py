@@ -18,7 +18,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from falcon_fast.kernels.gpu.batchnorm import SPLIT_COLUMNS, SPLIT_ROWS, row_splits
-from falcon_fast.kernels.gpu.launch import device_facts, launch, multiply
+from falcon_fast.kernels.gpu.launch import ceil_div, device_facts, launch, multiply
 from falcon_fast.kernels.gpu.support import INTERPRETING
 from falcon_fast.kernels.gpu.tiles import LOG2_E
 
@@ -153,7 +153,7 @@ def normalise(
     if row_norm is None:
         launch(
             tanh_kernel,
-            (triton.cdiv(n, STEPS * STEP_ROWS), triton.cdiv(f, STEP_COLUMNS), views),
+            (ceil_div(n, STEPS * STEP_ROWS), ceil_div(f, STEP_COLUMNS), views),
             x,
             statistics,
             gamma,
@@ -170,7 +170,7 @@ def normalise(
     else:
         launch(
             l2_kernel,
-            (triton.cdiv(n, LINES), views),
+            (ceil_div(n, LINES), views),
             x,
             statistics,
             gamma,
@@ -384,7 +384,7 @@ def gradients(
         pull = torch.empty(2, rows, device=x.device)
         launch(
             pull_kernel,
-            (triton.cdiv(n, LINES), views),
+            (ceil_div(n, LINES), views),
             g,
             x,
             statistics,
@@ -405,7 +405,7 @@ def gradients(
     sums = torch.empty(splits, views, 2, f, device=x.device)
     launch(
         gradient_sums_kernel,
-        (triton.cdiv(f, SPLIT_COLUMNS), views, splits),
+        (ceil_div(f, SPLIT_COLUMNS), views, splits),
         g,
         x,
         statistics,
@@ -434,7 +434,7 @@ def gradients(
     dgamma, dbeta, dbias = (torch.empty(f, device=x.device) for _ in range(3))
     launch(
         input_gradient_kernel,
-        (triton.cdiv(n, STEPS * STEP_ROWS), triton.cdiv(f, STEP_COLUMNS), views),
+        (ceil_div(n, STEPS * STEP_ROWS), ceil_div(f, STEP_COLUMNS), views),
         g,
         x,
         statistics,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from falcon_fast.kernels.gpu.launch import launch
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.logits import TileStatistics
 
 MERGED_ROWS = 8
@@ -119,7 +119,7 @@ def merge_rows(maxima: torch.Tensor, tiles: TileStatistics, rows: RowState, fres
     _, count, n = maxima.shape
     launch(
         merge_rows_kernel,
-        (triton.cdiv(n, MERGED_ROWS),),
+        (ceil_div(n, MERGED_ROWS),),
         maxima,
         tiles.sum,
         tiles.cross,
