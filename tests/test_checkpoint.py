@@ -130,9 +130,10 @@ def test_damage_and_misfits_are_one_line(tmp_path):
     (path / "run.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(UsageError, match="update falcon_fast"):
         checkpoint.read_facts(path)
-    (path / "run.json").write_text("{")
-    with pytest.raises(UsageError, match="damaged"):
-        checkpoint.read_facts(path)
+    for text in ("{", json.dumps({"format": checkpoint.FORMAT, "seconds": 1.0}), "[]"):
+        (path / "run.json").write_text(text)
+        with pytest.raises(UsageError, match="damaged"):
+            checkpoint.read_facts(path)
     data = next(path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(UsageError, match="damaged") as caught:

@@ -133,12 +133,13 @@ def test_numbers_are_read_where_a_row_is_written_and_nowhere_else(tmp_path, monk
     assert reads.after - {0} == expected
 
 
-def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch):
+def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch, capfd):
     directory, step_function, calls = tmp_path / "run", graphed.training_step, []
 
     def stopping(*arguments):
         calls.append(None)
         if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return step_function(*arguments)
 
@@ -150,6 +151,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
             trainer.train(start(directory), directory, QUIET)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert len(calls) == 8 and checkpoint.latest(directory).name == "step-00000008"
+    assert capfd.readouterr().err.count("stopping after this step") == 1
     run = continued(directory)
     assert rows(directory) == rows(whole[1])
     assert_same_state(run, whole[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(line: str = "") -> Iterator[Callable[[], bool]]:
     """Inside, the signals only ask: the yielded function says whether one came. After any of them, SIGINT acts at once.
+
+    line: what the first one puts on stderr at once; a step may take long, the first one of a compiled network a minute.
 
     The others may come again: a batch system signals a process directly and through torchrun, and again when its patience
     ends, while the state is being saved.
@@ -25,6 +28,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     def request(number: int, frame: object) -> None:
         nonlocal requested
+        if line and not requested:
+            os.write(2, f"\n{line}\n".encode())  # not print(), which may be at work just now
         requested = True
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 

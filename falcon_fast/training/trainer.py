@@ -28,6 +28,7 @@ from falcon_fast.training.run import Run, seed_process
 from falcon_fast.training.signals import stop_requests
 
 NEVER = 2**62  # a step that does not come
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without"
 
 
 def train(run: Run, directory: Path, console: Console, start_step: int = 0, seconds_before: float = 0.0) -> float:
@@ -96,7 +97,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         closing(inputs),
         saver,
         log,
-        stop_requests() as stop_requested,
+        stop_requests(STOPPING if processes.main else "") as stop_requested,
         display,
     ):
         if total == 0:

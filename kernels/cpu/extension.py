@@ -22,7 +22,9 @@ class Compiled:
         self._module = module
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._module, name)
+        function = getattr(self._module, name, None)
+        if function is None:  # as in an editable installation after an update
+            raise RuntimeError(f"the C++ kernels are older than the code and have no {name}: run pip install again")
 
         def call(*arguments: Any) -> Any:
             return function(*(x.numpy() if isinstance(x, torch.Tensor) else x for x in arguments))
