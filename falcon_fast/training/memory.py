@@ -27,8 +27,8 @@ def keep_host_memory(device: torch.device) -> bool:
     """For training on a CPU: what tensors leave is kept for the next ones, to the end of the process. False where it cannot be.
 
     glibc takes blocks of 32 MiB and more from the system each time and gives them back, and the system clears every page anew:
-    a step of the cifar10-resnet8 recipe took 1.4 times as long (benchmarks/bench_step.py), with 6 % less memory at the peak.
-    Smaller ones, as of the digits recipe, it keeps by itself.
+    a step of the cifar10-resnet8 recipe took 1.16 times as long (1.4 on a busy machine), one of the digits 1.12
+    (benchmarks/bench_step.py), with 6 % less memory at the peak.
     """
     if device.type != "cpu":
         return False
