@@ -6,9 +6,9 @@ so the graph is whole, the all-reduces of synchronised BatchNorm in it; the grad
 averaging waits for the last of them.
 
 Measured on two cores of an Intel Xeon, float32, whole steps against eager (benchmarks/bench_compile.py): ResNet-8 of width 32 at
-32 px and batch 128, 1.21 times the images/s; width 8 at 16 px and batch 64, 1.80 times, and batch 16, 1.61. What is left there,
-at batch 16, is oneDNN's convolutions (3 of 6 ms) and the loss (1.2). Compiling the optimiser, the launching code in C++, or forward
-and backward as one graph gained at most 4, 4 and 9 % more of these, and one graph cost the large network 8.
+32 px and batch 128, 1.21 times the images/s; width 8 at 16 px and batch 64, 1.80 times, and batch 16, 1.61. What is left there
+at batch 16 is oneDNN's convolutions (3 of 6 ms) and the loss (1.2). On top of that launching code in C++ gained 4 %, forward and
+backward as one graph 9 % (the large network lost 8 %), and compiling the optimiser nothing.
 """
 
 from __future__ import annotations
