@@ -331,6 +331,7 @@ def test_compiled_ahead_of_time_without_spills(architecture: int, shapes: str) -
         "contrast_sums_kernel",
         "colours_kernel",
         "blur_columns_kernel",
+        "resize_kernel",
     }
     for kernel in kernels:
         what = f"{kernel['name']} {kernel['constants']} with {kernel['warps']} warps"

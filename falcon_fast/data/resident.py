@@ -4,14 +4,16 @@ For sets that fit (CIFAR, SVHN, digits, folders of small images) nothing is deco
 is a few batched tensor operations on the device. The clock's numbers of a whole epoch go up at once.
 
 **The crop is Pillow's, to the bit.** Pillow resizes by fixed-point weights, integers of 22 bits, first along x and then
-along y (`crops`), each time rounded to uint8. So do the C++ kernels on a CPU. On a GPU both passes are
-products with one matrix an image, of those same integers in float64: every sum stays below 2^53 and is exact in whatever
-order it is taken, so that neither the device, nor the size of the batch, nor the number of ranks changes a pixel. (In
-float32 they would, now and then.)
+along y (`crops`), each time rounded to uint8. So do the C++ kernels on a CPU and the Triton kernel on a GPU, two launches a
+batch. Elsewhere both passes are products with one matrix an image, of those same integers in float64: every sum stays below
+2^53 and is exact in whatever order it is taken, so that neither the device, nor the size of the batch, nor the number of ranks
+changes a pixel. (In float32 they would, now and then.) They take some sixty launches, and are what the kernel is compared with
+before it is used.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -25,7 +27,7 @@ from falcon_fast.data.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
 from falcon_fast.data.workers import fitted, warp
-from falcon_fast.kernels import cpu_extension
+from falcon_fast.kernels import cpu_extension, why_no_triton
 from falcon_fast.kernels.cpu.views import resize_crops
 
 SUPPORT = 2.0  # of the bicubic filter, in pixels
@@ -83,6 +85,25 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: i
     x = rounded(across @ images.double().transpose(1, 2).reshape(n, width, height * channels))
     x = x.view(n, size, height, channels).transpose(1, 2).reshape(n, height, size * channels)
     return rounded(down @ x).view(n, size, size, channels).to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def kernel_differs(pixels: torch.Tensor, size: int) -> str | None:
+    """In what the Triton kernel fails at some crops of these images (N, H, W, 3) that `crop` makes; None where it does not."""
+    from falcon_fast.kernels.gpu.crops import crop_views
+
+    height, width = pixels.shape[1:3]
+    whole = torch.tensor([0, 0, height, width])
+    part = torch.tensor([height // 3, width // 4, -(-height // 3), -(-width // 2)])
+    one = torch.tensor([height - 1, width - 1, 1, 1])
+    boxes = torch.stack([whole, part, one, part]).to(pixels.device)
+    flips = torch.tensor([False, False, False, True], device=pixels.device)
+    indices = torch.tensor([0, len(pixels) - 1], device=pixels.device)
+    try:
+        found = crop_views(pixels, indices, boxes, flips, size)
+        expected = crop(pixels[indices].repeat(2, 1, 1, 1), boxes, flips, size)
+        return None if torch.equal(found.permute(0, 3, 1, 2), expected) else "gives other pixels"
+    except Exception as error:  # whatever compilers do
+        return f"fails ({reason_of(error)})"
 
 
 def required_bytes(images: Images) -> int | None:
@@ -147,6 +168,10 @@ class ResidentImages:
         self.host = (
             np.ascontiguousarray(pixels) if device.type == "cpu" and not affine and cpu_extension is not None else None
         )
+        self.by_kernel = device.type == "cuda" and not affine and why_no_triton(device) is None
+        if self.by_kernel and (why := kernel_differs(self.pixels, size)) is not None:
+            warnings.warn(f"resident images are cropped slowly, by products: the kernel {why}", stacklevel=2)
+            self.by_kernel = False
         self.sizes = sizes  # int64 (n, 2), width and height
         self.labels = None if split.labels is None else torch.from_numpy(split.labels).to(device)
 
@@ -182,6 +207,12 @@ class ResidentImages:
         if self.host is not None:
             rows = [self.host[index] for index in indices.tolist()]
             return resize_crops(rows, geometry.numpy(), flips.numpy(), self.size).permute(0, 3, 1, 2)
+        if self.by_kernel:
+            from falcon_fast.kernels.gpu.crops import crop_views
+
+            return crop_views(self.pixels, indices, geometry.flatten(0, 1), flips.flatten(), self.size).permute(
+                0, 3, 1, 2
+            )
         images = self.pixels[indices]
         if self.affine:
             return warp(images, geometry.flatten(0, 1), flips.flatten()).permute(0, 3, 1, 2)

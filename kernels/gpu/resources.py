@@ -19,6 +19,7 @@ import torch
 import triton
 from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
 from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
+from falcon_fast.kernels.gpu.crops import crop_views
 from falcon_fast.kernels.gpu.gradient import combine
 from falcon_fast.kernels.gpu.launch import Launch, compile_ahead, recording
 from falcon_fast.kernels.gpu.loss import falcon_loss_parts
@@ -58,6 +59,7 @@ AUGMENTATION_SHAPES = [
     (128, 32, _EVERYTHING._replace(max_sigma=0.0), torch.bfloat16, True),
     (512, 224, _EVERYTHING, torch.float16, True),
 ]
+CROP_SHAPES = [(512, 32, 32), (64, 96, 64)]  # images, their side, size
 MORE_AUGMENTATION_SHAPES = [
     (512, 32, _EVERYTHING, torch.float32, True),
     (128, 64, _EVERYTHING, torch.bfloat16, True),
@@ -155,6 +157,17 @@ def resources(launched: Launch, architecture: int) -> Resources:
     )
 
 
+def crop_launches(shape: tuple[int, int, int]) -> list[Launch]:
+    """The launches that crop two views of n resident images of a side to another."""
+    n, side, size = shape
+    images = torch.empty(4, side, side, 3, dtype=torch.uint8, device="meta")
+    indices = torch.empty(n, dtype=torch.int64, device="meta")
+    boxes = torch.empty(2 * n, 4, dtype=torch.int64, device="meta")
+    with recording((8, 0), PROCESSORS[80]) as found:
+        crop_views(images, indices, boxes, torch.empty(2 * n, dtype=torch.bool, device="meta"), size)
+    return found
+
+
 def distinct(launched: Iterable[Launch], architecture: int) -> Iterator[Resources]:
     """The resources of each kernel, each configuration once."""
     seen = set()
@@ -181,9 +194,10 @@ def projector_resources(
 def augmentation_resources(
     architecture: int, shapes: list[tuple[int, int, Recipe, torch.dtype, bool]]
 ) -> Iterator[Resources]:
-    """Of the kernels that the photometric stage launches at the shapes."""
+    """Of the kernels that the photometric stage launches at the shapes, and of those that crop resident images."""
     every = (x for shape in shapes for x in augmentation_launches(shape, architecture))
-    return distinct(every, architecture)
+    crops = (x for shape in CROP_SHAPES for x in crop_launches(shape))
+    return distinct(itertools.chain(every, crops), architecture)
 
 
 def main(architecture: int, *, more: bool = False, prior: str = "reverse") -> None:
