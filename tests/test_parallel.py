@@ -415,8 +415,8 @@ def test_one_process_with_a_strategy_is_a_run_alone(tmp_path, strategy, options)
     command = [sys.executable, "-m", "falcon_fast", "train", *options, "--run-dir", "alone"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
     found, expected = ([row["loss"] for row in rows(tmp_path / name)] for name in ("group", "alone"))
-    assert found[:2] == pytest.approx(expected[:2], rel=1e-2 if "--amp" in options else 1e-4)
-    assert found == pytest.approx(expected, rel=0.1)  # rounding grows
+    assert found[0] == pytest.approx(expected[0], rel=1e-2 if "--amp" in options else 1e-4)
+    assert found == pytest.approx(expected, rel=0.1)  # rounding flips ReLUs, and grows: 1e-4 in the second step
 
 
 def test_average_buffers_alone_leaves_them():
