@@ -63,7 +63,7 @@ def resize_kernel(
     o_line = tl.program_id(1) * LINES + tl.arange(0, LINES)
     o_out = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
     m_line, m_out = o_line < lines, o_out < size
-    scale = length.to(tl.float64) / size.to(tl.float64)
+    scale = length.to(tl.float64) / size
     reach = tl.where(scale < 1.0, 1.0, scale)
     b_at = tl.where(flip, size - 1 - o_out, o_out)
     b_centre = (b_at.to(tl.float64) + 0.5) * scale

@@ -59,7 +59,7 @@ AUGMENTATION_SHAPES = [
     (128, 32, _EVERYTHING._replace(max_sigma=0.0), torch.bfloat16, True),
     (512, 224, _EVERYTHING, torch.float16, True),
 ]
-CROP_SHAPES = [(512, 32, 32), (64, 96, 64)]  # images, their side, size
+CROP_SHAPES = [(512, 32, 32), (64, 96, 64), (1, 5, 1)]  # images, their side, size
 MORE_AUGMENTATION_SHAPES = [
     (512, 32, _EVERYTHING, torch.float32, True),
     (128, 64, _EVERYTHING, torch.bfloat16, True),
