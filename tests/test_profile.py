@@ -40,7 +40,7 @@ def test_json_alone_is_on_stdout_and_nothing_is_written(falcon_fast, tmp_path):
     found = json.loads(out)
     assert "loader synthetic" in err and found["strategy"] == "single"
     phases = found["phase_seconds"]
-    assert list(phases) == ["data", "photometric", "forward, loss, backward", "optimizer"]
+    assert list(phases) == ["data", "photometric", "forward", "loss", "backward", "optimizer"]
     assert sum(phases.values()) == pytest.approx(found["step_seconds"])
     speed = found["images_per_second"]
     assert speed["p20"] <= speed["median"] <= speed["p80"]
