@@ -226,7 +226,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
         number = int(facts["format"])
         if number <= FORMAT:
-            int(facts["step"]), float(facts["seconds"])
+            int(facts["step"]), float(facts["seconds"])  # which a resumed run needs
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"checkpoint {path} is damaged: run.json: {error}") from None
     if number > FORMAT:

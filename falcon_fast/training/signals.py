@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # SIGUSR1: what batch systems are asked to send some time before the end.
 REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -28,10 +28,11 @@ def stop_requests(line: str = "") -> Iterator[Callable[[], bool]]:
 
     def request(number: int, frame: object) -> None:
         nonlocal requested
-        if line and not requested:
-            os.write(2, f"\n{line}\n".encode())  # not print(), which may be at work just now
-        requested = True
+        first, requested = not requested, True
         signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if line and first:
+            with suppress(OSError):  # a terminal that is gone, a stderr that is closed
+                os.write(2, f"\n{line}\n".encode())  # not print(), which may be at work just now
 
     before = {number: signal.getsignal(number) for number in REQUESTS}
     for number in before:
