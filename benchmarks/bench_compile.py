@@ -12,10 +12,9 @@ import time
 import pytest
 import torch
 
-from falcon_fast import FalconLoss
 from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import Config, load_recipe, override, validate
-from falcon_fast.models import build_codes, build_network
+from falcon_fast.models import build_codes, build_criterion, build_network
 from falcon_fast.training.compiled import compiled_objective
 from falcon_fast.training.memory import keep_host_memory
 from falcon_fast.training.optimizer import build_optimizer
@@ -42,16 +41,7 @@ def steps(config: Config, size: int):
 
     def stepper(compiled):
         own, own_probe = copy.deepcopy((network, probe))
-        loss = config.loss
-        criterion = FalconLoss(
-            codes,
-            config.tau,
-            beta=loss.beta,
-            prior=loss.prior,
-            implementation=loss.implementation,
-            plan=loss.plan,
-            memory_budget=loss.memory_budget * 2**20 or None,
-        )
+        criterion = build_criterion(config, codes)
         optimizer = build_optimizer(config.optimizer, own, own_probe, config.probe.lr)
         learner = Learner(own, criterion, own_probe, optimizer, compiled=compiled)
         return lambda: training_step(learner, views, labels, 1.0).loss.item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,8 @@ def info() -> None:
 
 def main() -> None:
     """The console script: UsageError is one line and exit code 2; what stops a run, one line and exit code 1."""
+    # Pillow refuses an image from twice its limit on, which is enough; before, it warns of a bomb.
+    warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         cli()
     except SystemExit as stop:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from falcon_fast.config import Config, ModelConfig, nearest
 from falcon_fast.errors import UsageError
-from falcon_fast.objective import FalconProjector, HadamardCodes, RademacherCodes
+from falcon_fast.objective import FalconLoss, FalconProjector, HadamardCodes, RademacherCodes
 from falcon_fast.objective.codes import Codes
 
 CIFAR_STEM_UP_TO = 64  # px: above it, a stem that quarters the image costs little detail and saves 16 times the work
@@ -162,3 +163,18 @@ def build_codes(config: Config) -> Codes:
     """The run's dictionary, from `training.seed`."""
     kind = RademacherCodes if config.loss.codes == "rademacher" else HadamardCodes
     return kind(config.loss.embedding_dim, config.loss.num_codes, config.training.seed)
+
+
+def build_criterion(config: Config, codes: Codes, group: dist.ProcessGroup | None = None) -> FalconLoss:
+    """The run's loss over `codes`; its prior over `group`, where one is given."""
+    loss = config.loss
+    return FalconLoss(
+        codes,
+        config.tau,
+        beta=loss.beta,
+        prior=loss.prior,
+        group=group,
+        implementation=loss.implementation,
+        plan=loss.plan,
+        memory_budget=loss.memory_budget * 2**20 or None,
+    )

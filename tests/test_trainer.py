@@ -157,6 +157,16 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
     assert_same_state(run, whole[0])
 
 
+def test_a_stop_is_asked_for_though_nobody_can_be_told(monkeypatch):
+    def gone(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(signals.os, "write", gone)
+    with signals.stop_requests("stopping") as requested:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested()
+
+
 def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_path, monkeypatch):
     directory, step_function, calls = tmp_path / "run", graphed.training_step, []
 

@@ -7,7 +7,6 @@ applied), and labels where there are any; labels serve the probes and the evalua
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
 TIFF_SIZE = (256, 257)
-# Pillow refuses an image from twice this size on, which is enough; it warns of a bomb before.
-warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
 
 
 class Images(Protocol):

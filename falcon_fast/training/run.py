@@ -24,7 +24,7 @@ from falcon_fast.data.sources import open_source
 from falcon_fast.data.workers import auto_workers
 from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
-from falcon_fast.models import FalconNetwork, build_codes, build_network
+from falcon_fast.models import FalconNetwork, build_codes, build_criterion, build_network
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.planner import frozen_start
@@ -126,11 +126,9 @@ class Run:
     def place(self) -> str:
         """On what it runs, and by which strategy where that is several processes."""
         world_size = self.processes.world_size
-        return (
-            str(self.device)
-            if world_size == 1
-            else f"{world_size} {self.device.type} processes ({self.processes.strategy})"
-        )
+        if world_size == 1:
+            return str(self.device)
+        return f"{world_size} {self.device.type} processes ({self.processes.strategy})"
 
     def whole(self) -> tuple[FalconNetwork, nn.Linear | None]:
         """Network and probe with all their parameters, for process 0 to evaluate; all processes together.
@@ -227,16 +225,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = build_codes(config).to(device)
     loss = config.loss
-    criterion = FalconLoss(
-        codes,
-        config.tau,
-        beta=loss.beta,
-        prior=loss.prior,
-        group=processes.group if loss.prior_scope == "global" else None,
-        implementation=loss.implementation,
-        plan=loss.plan,
-        memory_budget=loss.memory_budget * 2**20 or None,
-    )
+    criterion = build_criterion(config, codes, processes.group if loss.prior_scope == "global" else None)
     frozen = frozen_start(loss.embedding_dim, loss.num_codes, config.tau, loss.activation, loss.temperature_batch)
     probe = build_probe(config, network, source, device)
     return {
