@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs import create_run_directory, load_trained
-from falcon_fast.training import checkpoint, graphed, precision, trainer
+from falcon_fast.training import checkpoint, graphed, precision, signals, trainer
 from falcon_fast.training.console import COLUMNS, TIMINGS
 from falcon_fast.training.run import Run, prepare, restore
 
@@ -161,7 +161,7 @@ def test_a_stop_is_asked_for_though_nobody_can_be_told(monkeypatch):
     def gone(*arguments):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(signals.os, "write", gone)
+    monkeypatch.setattr(os, "write", gone)
     with signals.stop_requests("stopping") as requested:
         os.kill(os.getpid(), signal.SIGTERM)
         assert requested()
