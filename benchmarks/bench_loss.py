@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from falcon_fast.kernels import pack_signs
 
 from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
+from falcon_fast.kernels import pack_signs
 from falcon_fast.objective.reference import reference_loss
 
 from .conftest import extra_peak_memory, interleaved

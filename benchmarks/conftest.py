@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from falcon_fast.kernels import cpu_extension
 
 from falcon_fast.info import cpu_name
+from falcon_fast.kernels import cpu_extension
 
 RESULTS = Path(__file__).parent / "results"
 

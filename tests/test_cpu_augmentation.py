@@ -8,12 +8,12 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from falcon_fast.kernels import cpu_extension
-from falcon_fast.kernels.cpu.views import DTYPES
 
 from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.photometric import augment, normalize, to_tensors
 from falcon_fast.data.stage import cpu_stage
+from falcon_fast.kernels import cpu_extension
+from falcon_fast.kernels.cpu.views import DTYPES
 
 from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from falcon_fast.kernels import cpu_extension
-from falcon_fast.kernels.cpu import sweeps
-from falcon_fast.kernels.cpu.plan import dense_plan, hadamard_plan, own_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
+from falcon_fast.kernels import cpu_extension
+from falcon_fast.kernels.cpu import sweeps
+from falcon_fast.kernels.cpu.plan import dense_plan, hadamard_plan, own_products
 
 LEVELS = ["torch", *(cpu_extension.levels() if cpu_extension else ())]
 

@@ -18,12 +18,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import augmentation, resources
-
 from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.photometric import augment, normalize, to_tensors
 from falcon_fast.data.stage import photometric_stage, triton_stage
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels.gpu import augmentation, resources
 
 from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
 

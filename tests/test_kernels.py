@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from falcon_fast.kernels.gpu import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from falcon_fast import RademacherCodes, falcon_loss, kernels
+from falcon_fast.kernels.gpu import support
 
 
 def test_the_extension_is_built_where_there_is_a_compiler():

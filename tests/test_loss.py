@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from falcon_fast.kernels import why_no_triton
 
 from falcon_fast import FalconLoss, FalconLossOutput, HadamardCodes, RademacherCodes, falcon_loss
+from falcon_fast.kernels import why_no_triton
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from falcon_fast.kernels.gpu.cost import nearest_device
 
 from falcon_fast import RademacherCodes, temperature
+from falcon_fast.kernels.gpu.cost import nearest_device
 from falcon_fast.objective.planner import DEVICES, candidates, choose, explain, frozen_start, start
 
 H200 = DEVICES["h200"]

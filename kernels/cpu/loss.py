@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, Views, sweeps_for
 from torch.distributed.distributed_c10d import _resolve_process_group
+
+from falcon_fast.kernels.cpu.sweeps import Columns, Dictionary, Objective, Views, sweeps_for
 
 __all__ = ["Dictionary", "Objective", "cpu_loss"]
 
@@ -57,17 +58,18 @@ def loss_and_gradient(
     maxima, sums, cross, arguments = state.T.unflatten(0, (4, 2))  # each (2, N)
     terms = torch.zeros(2, n, 4)
     terms[..., 0], terms[..., 1], terms[..., 2] = maxima, sums.log(), cross / sums
-    invariance = 0.5 * (sums.log() - (cross / sums).flip(0)).numpy().sum() / n
+    invariance_term = 0.5 * (sums.log() - (cross / sums).flip(0)).numpy().sum() / n
 
     columns, a = Columns(c), torch.zeros(2, n, dtype=torch.float64)
     world = 1 if objective.group is None else dist.get_world_size(objective.group)
-    prior = 0.5 * sum(sweeps.columns(terms, columns, a, objective, math.log(n * world)))
+    prior_term = 0.5 * sum(sweeps.columns(terms, columns, a, objective, math.log(n * world)))
     if objective.prior == "forward":
-        prior -= math.log(c)
+        prior_term -= math.log(c)
     terms[..., 3] = a
 
     gradient = sweeps.gradient(terms, columns, objective) if with_gradient else torch.empty(0)
-    loss, prior, invariance = (torch.tensor(float(x)) for x in (prior + objective.beta * invariance, prior, invariance))
+    loss_term = prior_term + objective.beta * invariance_term
+    loss, prior, invariance = (torch.tensor(float(x)) for x in (loss_term, prior_term, invariance_term))
     if not np.isfinite(state.numpy()).all():  # nor are the embeddings then; later sweeps may lose it
         loss, prior, invariance = (torch.tensor(math.nan) for _ in range(3))
         gradient.fill_(math.nan)

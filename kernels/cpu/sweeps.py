@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
 from falcon_fast.kernels.cpu import fallback
 from falcon_fast.kernels.cpu.extension import Compiled, cpu_extension
 from falcon_fast.kernels.cpu.plan import TILE, Plan, dense_plan, hadamard_plan, own_products, padded

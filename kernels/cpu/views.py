@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from falcon_fast.kernels.cpu.extension import Compiled, cpu_extension
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 
 WHOLE = 4096  # pixels of a view that one program holds: 64 x 64

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.launch import ceil_div, device_facts, launch
 
 # One program finishes its columns in all views, in one launch, up to this many rows a view: 4 steps of 128 rows.

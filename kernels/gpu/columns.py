@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.plan import TILE
 from falcon_fast.kernels.gpu.rows import RowState

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 
 PRECISION_BITS = 22

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.columns import ColumnState, Scales, prior_gradient
 from falcon_fast.kernels.gpu.expand import expand_codes
 from falcon_fast.kernels.gpu.launch import ceil_div, launch, multiply

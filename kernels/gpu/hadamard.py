@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.columns import (
     ColumnState,
     Scales,

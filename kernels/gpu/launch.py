@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
 from falcon_fast.kernels.gpu.support import INTERPRETING
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from falcon_fast.kernels.gpu.expand import expand_codes
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.plan import EXPANDED_CODES, TILE, LogitsTiles

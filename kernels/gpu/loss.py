@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+
 from falcon_fast.kernels.gpu import hadamard, transform, tuning
 from falcon_fast.kernels.gpu.columns import ColumnState, Scales, columns, count_used, log_sum_over
 from falcon_fast.kernels.gpu.cost import choose, nearest_device

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
 from falcon_fast.kernels.gpu.gradient import combine
 from falcon_fast.kernels.gpu.loss import falcon_loss_parts, parts_shape
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 __all__ = ["triton_loss"]
 

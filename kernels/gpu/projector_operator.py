@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
 from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.projector import gradients, normalise, product
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 __all__ = ["Averages", "triton_projector"]
 

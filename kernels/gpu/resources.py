@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
 from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
 from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.crops import crop_views

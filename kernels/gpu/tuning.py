@@ -10,6 +10,7 @@ import os
 import statistics
 
 import torch
+
 from falcon_fast.kernels.gpu.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.launch import Facts
 from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
