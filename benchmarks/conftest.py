@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_fast.info import cpu_name
+from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.kernels import cpu_extension
 
 RESULTS = Path(__file__).parent / "results"

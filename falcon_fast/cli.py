@@ -54,9 +54,9 @@ def train(
     from falcon_fast import config as configuration
     from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.hardware.host_memory import keep_host_memory
     from falcon_fast.lock import RunLock
     from falcon_fast.training import checkpoint
-    from falcon_fast.training.memory import keep_host_memory
     from falcon_fast.training.processes import join
     from falcon_fast.training.run import prepare, restore
     from falcon_fast.training.trainer import train as train_run

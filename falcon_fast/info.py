@@ -6,14 +6,14 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from falcon_fast import __version__
 from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
+from falcon_fast.hardware.devices import cpu_name
+from falcon_fast.hardware.precision import choose_precision
 from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_triton
-from falcon_fast.training.precision import choose_precision
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 
@@ -44,14 +44,6 @@ def report() -> Iterator[str]:
     yield "recipes:"
     for name in recipe_names():
         yield f"  {name:16} {recipe_description(name)}"
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -54,8 +54,8 @@ def profile(
 def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> None:
     from rich.console import Console
 
+    from falcon_fast.hardware.host_memory import keep_host_memory
     from falcon_fast.profiling import lines, profile
-    from falcon_fast.training.memory import keep_host_memory
     from falcon_fast.training.processes import join
     from falcon_fast.training.run import prepare
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from falcon_fast.flops import without_storage
+from falcon_fast.hardware.flops import without_storage
 from falcon_fast.kernels.gpu.cost import LAUNCH_SECONDS
 
 # They make a tensor of another's memory, or of none, without saying so in their schema.

@@ -26,10 +26,10 @@ from falcon_fast.config import Config, dump_config, load_config
 from falcon_fast.data.augmentation import augmentation
 from falcon_fast.data.sources import open_source
 from falcon_fast.data.workers import auto_workers
-from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves
+from falcon_fast.hardware.devices import find_device
 from falcon_fast.lock import NAME as LOCK
 from falcon_fast.lock import RunLock
 from falcon_fast.models import FalconNetwork, build_codes, build_network

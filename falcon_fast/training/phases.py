@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from falcon_fast.peaks import synchronize
+from falcon_fast.hardware.peaks import synchronize
 from falcon_fast.training.graphed import stepper
 from falcon_fast.training.inputs import Feed
 from falcon_fast.training.parallel import gradient_sync

@@ -22,8 +22,9 @@ from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources import open_source
 from falcon_fast.data.workers import auto_workers
-from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
+from falcon_fast.hardware.devices import find_device
+from falcon_fast.hardware.precision import Precision, choose_precision
 from falcon_fast.models import FalconNetwork, build_codes, build_criterion, build_network
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
@@ -34,7 +35,6 @@ from falcon_fast.training.compiled import compile_blocks, compiled_network, comp
 from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.parallel import average_buffers, data_parallel, gather, shard
-from falcon_fast.training.precision import Precision, choose_precision
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 

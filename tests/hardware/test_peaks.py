@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from falcon_fast import peaks
+from falcon_fast.hardware import peaks
+from falcon_fast.hardware.precision import Precision
 from falcon_fast.kernels.gpu.cost import DEVICES
-from falcon_fast.training.precision import Precision
 
 
 @pytest.mark.parametrize(

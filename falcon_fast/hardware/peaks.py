@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from falcon_fast.training.precision import Precision
+from falcon_fast.hardware.precision import Precision
 
 
 class Peak(NamedTuple):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from falcon_fast.devices import find_device
 from falcon_fast.errors import UsageError
+from falcon_fast.hardware.devices import find_device
 
 
 def test_auto_is_the_gpu_if_there_is_one():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from falcon_fast.errors import UsageError
@@ -22,3 +25,11 @@ def find_device(name: str) -> torch.device:
             f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are visible; try --device cpu"
         )
     return device
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
