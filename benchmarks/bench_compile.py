@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import Config, load_recipe, override, validate
 from falcon_fast.hardware.host_memory import keep_host_memory
-from falcon_fast.models import build_codes, build_criterion, build_network
+from falcon_fast.models.batchnorm import per_view_batchnorm
+from falcon_fast.models.network import build_codes, build_criterion, build_network
 from falcon_fast.training.compiled import compiled_objective
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step

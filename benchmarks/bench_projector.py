@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from falcon_fast import FalconProjector
-from falcon_fast.batchnorm import per_view_batchnorm
+from falcon_fast.models.batchnorm import per_view_batchnorm
 
 from .conftest import as_graph, milliseconds, peak_bytes
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from falcon_fast import FalconLoss
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import Config, TrainingConfig, load_recipe, override, validate
 from falcon_fast.hardware.host_memory import keep_host_memory
 from falcon_fast.hardware.precision import choose_precision
-from falcon_fast.models import build_codes, build_network
+from falcon_fast.models.batchnorm import per_view_batchnorm
+from falcon_fast.models.network import build_codes, build_network
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 

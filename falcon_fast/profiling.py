@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.diagnosis import Circumstances, Diagnosis, diagnose
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware import peaks
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.flops import StepFlops, step_flops
-from falcon_fast.models import build_network
+from falcon_fast.models.batchnorm import per_view_batchnorm
+from falcon_fast.models.network import build_network
 from falcon_fast.roofline import Bound, Rates, trace
 from falcon_fast.training import phases
 from falcon_fast.training.compiled import compiler_failures

@@ -32,7 +32,7 @@ from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.lock import NAME as LOCK
 from falcon_fast.lock import RunLock
-from falcon_fast.models import FalconNetwork, build_codes, build_network
+from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage

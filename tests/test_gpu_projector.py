@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from falcon_fast import FalconProjector
-from falcon_fast.batchnorm import per_view_batchnorm, sync_batchnorm
+from falcon_fast.models.batchnorm import per_view_batchnorm, sync_batchnorm
 
 pytest.importorskip("triton")
 

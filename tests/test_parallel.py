@@ -22,12 +22,12 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.loader import training_batches
 from falcon_fast.data.sources import open_source
 from falcon_fast.data.stage import photometric_stage
 from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, parallel, trainer
 from falcon_fast.training.processes import Processes, StopAgreement, join, lost_peers, speaks

@@ -12,7 +12,7 @@ import torch
 from falcon_fast import prediction
 from falcon_fast.config import Config, load_recipe, override, recipe_names, validate
 from falcon_fast.errors import UsageError
-from falcon_fast.models import build_network
+from falcon_fast.models.network import build_network
 from falcon_fast.objective.planner import DEVICES
 from falcon_fast.prediction import predict
 from falcon_fast.roofline import fused, trace

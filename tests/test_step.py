@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import OptimizerConfig
 from falcon_fast.errors import UsageError
-from falcon_fast.models import FalconNetwork, ResNet8
+from falcon_fast.models.batchnorm import per_view_batchnorm
+from falcon_fast.models.network import FalconNetwork, ResNet8
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner, gradient, objective, training_step

@@ -13,7 +13,7 @@ from torch import nn
 from falcon_fast.data.images import Source, Split
 from falcon_fast.data.photometric import normalize
 from falcon_fast.data.workers import evaluation_batches
-from falcon_fast.models import FalconNetwork
+from falcon_fast.models.network import FalconNetwork
 from falcon_fast.objective.codes import Codes
 
 PIXEL_SIDE = 32  # raw pixels are compared at up to this side: a probe of 150,528 pixels would say more of its solver

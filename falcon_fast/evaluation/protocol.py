@@ -19,7 +19,7 @@ from falcon_fast.evaluation.collapse import collapse_checks
 from falcon_fast.evaluation.features import extract_assigned, extract_features, raw_pixels
 from falcon_fast.evaluation.knn import weighted_knn
 from falcon_fast.evaluation.probe import linear_probe
-from falcon_fast.models import FalconNetwork, build_network
+from falcon_fast.models.network import FalconNetwork, build_network
 from falcon_fast.objective.codes import Codes
 
 UNLABELLED: dict[str, Any] = {"probe": None, "knn": None, "nmi_kmeans": None}

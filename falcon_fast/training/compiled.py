@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from falcon_fast.errors import UsageError
-from falcon_fast.models import FalconNetwork, blocks_of
+from falcon_fast.models.network import FalconNetwork, blocks_of
 from falcon_fast.training.step import Learner, StepMetrics, objective
 
 Objective = Callable[[Learner, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, StepMetrics]]

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from falcon_fast.batchnorm import has_batchnorm
 from falcon_fast.errors import TrainingError
 from falcon_fast.kernels import loss_implementations
 from falcon_fast.kernels.cpu import plan as cpu_plan
+from falcon_fast.models.batchnorm import has_batchnorm
 from falcon_fast.objective import planner
 from falcon_fast.objective.reference import PEAK_COPIES
 from falcon_fast.training.run import Run

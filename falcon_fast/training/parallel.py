@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from falcon_fast.config import FsdpConfig
-from falcon_fast.models import FalconNetwork, blocks_of
+from falcon_fast.models.network import FalconNetwork, blocks_of
 from falcon_fast.training.processes import Processes
 
 # The option's name changed, and the old one now warns.

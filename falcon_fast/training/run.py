@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
 from falcon_fast.config import Config, TrainingConfig
 from falcon_fast.data.augmentation import Augmentation, augmentation
 from falcon_fast.data.images import Source
@@ -25,7 +24,8 @@ from falcon_fast.data.workers import auto_workers
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.hardware.precision import Precision, choose_precision
-from falcon_fast.models import FalconNetwork, build_codes, build_criterion, build_network
+from falcon_fast.models.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
+from falcon_fast.models.network import FalconNetwork, build_codes, build_criterion, build_network
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.planner import frozen_start

@@ -14,7 +14,7 @@ from torch import nn
 from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
-from falcon_fast.models import FalconNetwork
+from falcon_fast.models.network import FalconNetwork
 from falcon_fast.training import checkpoint
 from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.console import TrainingDisplay

@@ -8,7 +8,7 @@ from torch import nn
 
 from falcon_fast.config import load_recipe
 from falcon_fast.hardware.flops import loss_flops, network_flops, step_flops
-from falcon_fast.models import build_network
+from falcon_fast.models.network import build_network
 from falcon_fast.objective import FalconProjector
 
 

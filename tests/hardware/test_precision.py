@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import PRECISIONS, OptimizerConfig, TrainingConfig
 from falcon_fast.hardware import precision as module
 from falcon_fast.hardware.precision import Precision, choose_precision
-from falcon_fast.models import FalconNetwork, ResNet8
+from falcon_fast.models.batchnorm import per_view_batchnorm
+from falcon_fast.models.network import FalconNetwork, ResNet8
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 

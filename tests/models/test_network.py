@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from falcon_fast.batchnorm import per_view_batchnorm
 from falcon_fast.config import Config, ModelConfig, load_recipe, override
 from falcon_fast.errors import UsageError
-from falcon_fast.models import FalconNetwork, ResNet8, build_backbone, build_codes, build_network
+from falcon_fast.models.batchnorm import per_view_batchnorm
+from falcon_fast.models.network import FalconNetwork, ResNet8, build_backbone, build_codes, build_network
 from falcon_fast.objective import HadamardCodes, RademacherCodes
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from falcon_fast.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
+from falcon_fast.models.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
 
 from .processes import in_processes
 
