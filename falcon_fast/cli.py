@@ -153,6 +153,7 @@ def train(
 def plan(recipe: str, gpu: str, memory_budget: int | None, **options: Any) -> None:
     """Explain how the loss would run on a GPU, which need not be there: the plans, their cost, and why one is chosen."""
     from falcon_fast import config as configuration
+    from falcon_fast.objective import frozen_start as freezing
     from falcon_fast.objective import planner
 
     overrides = {OPTION_KEYS[option]: value for option, value in options.items() if value is not None}
@@ -166,12 +167,12 @@ def plan(recipe: str, gpu: str, memory_budget: int | None, **options: Any) -> No
     for line in planner.explain(n, loss.embedding_dim, loss.num_codes, loss.codes, planner.DEVICES[gpu], budget):
         click.echo(line)
     settings = (loss.embedding_dim, loss.num_codes, config.tau, loss.activation, loss.temperature_batch)
-    start = planner.start(*settings)
+    start = freezing.start(*settings)
     click.echo(
         f"at initialisation the logits spread by {start.spread:.1f}; a softmax over {loss.num_codes} codes freezes above "
         f"{start.freezing:.1f}"
     )
-    if frozen := planner.frozen_start(*settings):
+    if frozen := freezing.frozen_start(*settings):
         click.echo(frozen)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 # Bytes that forward and backward hold at their peak for each of the N x c entries of one view's logits, in units of the
 # element size: 2 views x (logits, ln P, P, their gradients and one temporary). Counted with the allocator in
-# tests/test_reference.py.
+# tests/objective/test_reference.py.
 PEAK_COPIES = 14
 
 

@@ -38,7 +38,7 @@ class MetricsFile:
     codes_used (distinct codes in it), lr; on the test split in evaluation mode probe_accuracy (online probe), nmi_codes and
     test_codes_used; probe_train_accuracy (of the batch, augmented); grad_norm (of the network's gradient, before clipping);
     since the row before images_per_second, data_wait (share of the time spent waiting for data) and mfu (the model's FLOP,
-    falcon_fast/hardware/flops.py, over what the devices could do by their data sheet; empty where that is not known); seconds of training.
+    hardware/flops.py, over what the devices could do by their data sheet; empty where that is not known); seconds of training.
     """
 
     def __init__(self, path: Path, keep_until_step: int = 0) -> None:

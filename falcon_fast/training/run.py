@@ -28,7 +28,7 @@ from falcon_fast.models.batchnorm import has_batchnorm, per_view_batchnorm, sync
 from falcon_fast.models.network import FalconNetwork, build_codes, build_criterion, build_network
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
-from falcon_fast.objective.planner import frozen_start
+from falcon_fast.objective.frozen_start import frozen_start
 from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.compiled import compile_blocks, compiled_network, compiled_objective

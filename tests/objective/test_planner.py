@@ -11,7 +11,8 @@ import torch
 
 from falcon_fast import RademacherCodes, temperature
 from falcon_fast.kernels.gpu.cost import nearest_device
-from falcon_fast.objective.planner import DEVICES, candidates, choose, explain, frozen_start, start
+from falcon_fast.objective.frozen_start import frozen_start, start
+from falcon_fast.objective.planner import DEVICES, candidates, choose, explain
 
 H200 = DEVICES["h200"]
 
