@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.images import ImageArray, Source, Split
+from falcon_fast.data.sources.images import ImageArray, Source, Split
 from falcon_fast.hardware.flops import step_flops
 from falcon_fast.models.network import build_network
 from falcon_fast.training.run import Run, prepare

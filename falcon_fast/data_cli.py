@@ -20,8 +20,8 @@ def data() -> None:
 
 def _folder(path: Path) -> tuple[Path, list[Path]]:
     """A folder that a user named, and its image files."""
-    from falcon_fast.data.folders import EXTENSIONS, image_paths
-    from falcon_fast.data.images import shown
+    from falcon_fast.data.sources.folders import EXTENSIONS, image_paths
+    from falcon_fast.data.sources.images import shown
 
     root = Path(os.path.abspath(os.path.expanduser(path)))
     if not root.is_dir():
@@ -33,7 +33,7 @@ def _folder(path: Path) -> tuple[Path, list[Path]]:
 
 
 def _print_bad(path: Path, reason: str) -> None:
-    from falcon_fast.data.images import shown
+    from falcon_fast.data.sources.images import shown
 
     click.echo(f"{shown(path)}: {reason}")
 
@@ -58,7 +58,7 @@ def verify(path: Path) -> None:
 
     The result is kept (in ~/.cache/falcon_fast), and training uses it. Stopped and started again, it goes on where it was.
     """
-    from falcon_fast.data import manifest
+    from falcon_fast.data.sources import manifest
 
     root, paths = _folder(path)
     with _progress(len(paths), "verifying") as done:

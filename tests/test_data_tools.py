@@ -12,10 +12,10 @@ from PIL import Image
 
 from falcon_fast import cli
 from falcon_fast.config import DataConfig, load_recipe, override, validate
-from falcon_fast.data import manifest
-from falcon_fast.data.folders import image_paths
-from falcon_fast.data.images import header, read_image
-from falcon_fast.data.sources import open_source
+from falcon_fast.data.sources import manifest
+from falcon_fast.data.sources.folders import image_paths
+from falcon_fast.data.sources.images import header, read_image
+from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.training.run import prepare
 
 from .loaders import damage, smooth, write_every_kind

@@ -6,7 +6,7 @@ import torch
 
 from falcon_fast import RademacherCodes
 from falcon_fast.config import load_recipe, override
-from falcon_fast.data.images import ImageArray, Source, Split
+from falcon_fast.data.sources.images import ImageArray, Source, Split
 from falcon_fast.evaluation.features import extract_assigned, extract_features, raw_pixels
 from falcon_fast.models.network import build_network
 

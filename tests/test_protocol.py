@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from falcon_fast.data.images import ImageArray, Split
+from falcon_fast.data.sources.images import ImageArray, Split
 from falcon_fast.evaluation.protocol import UNLABELLED, scores
 
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ from PIL import Image
 
 from falcon_fast.config import DataConfig
 from falcon_fast.data.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
-from falcon_fast.data.images import ImageArray, ImageFiles, Split
 from falcon_fast.data.photometric import to_tensors
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import Clock, affine_matrices, crop_boxes
-from falcon_fast.data.sources import open_source
+from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split
+from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.workers import auto_workers, evaluation_batches, training_batches
 from falcon_fast.errors import UsageError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data.images import read_image
+from falcon_fast.data.sources.images import read_image
 
 _TAIL = 1024  # bytes: some cameras leave a little behind the end of a JPEG
 _BIT_DEPTH = 24  # its place in a PNG

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from falcon_fast.data.batch import Batch
-from falcon_fast.data.images import ImageArray, ImageFiles, Images, Split, reason_of
 from falcon_fast.data.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.quarantine import Quarantine
 from falcon_fast.data.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
+from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, reason_of
 from falcon_fast.data.workers import fitted, warp
 from falcon_fast.kernels import cpu_extension, why_no_triton
 from falcon_fast.kernels.cpu.views import resize_crops

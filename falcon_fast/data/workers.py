@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from falcon_fast.data.augmentation import Augmentation
 from falcon_fast.data.batch import Batch, labels_of
 from falcon_fast.data.crops import pillow_crop
-from falcon_fast.data.images import Images, Split, reason_of
 from falcon_fast.data.photometric import to_tensors
 from falcon_fast.data.quarantine import Quarantine, load_share
 from falcon_fast.data.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
+from falcon_fast.data.sources.images import Images, Split, reason_of
 from falcon_fast.errors import UsageError
 
 EVALUATION_CROP = 224 / 256  # of the short side, from this size up; smaller images are taken whole

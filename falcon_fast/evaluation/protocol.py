@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from falcon_fast.config import Config
-from falcon_fast.data.images import Source, Split
+from falcon_fast.data.sources.images import Source, Split
 from falcon_fast.evaluation.clustering import ari, hungarian_accuracy, kmeans_nmi, nmi
 from falcon_fast.evaluation.collapse import collapse_checks
 from falcon_fast.evaluation.features import extract_assigned, extract_features, raw_pixels

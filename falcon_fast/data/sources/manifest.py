@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from falcon_fast.data.images import header, read_image, reason_of
+from falcon_fast.data.sources.images import header, read_image, reason_of
 
 COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decoded", "reason")
 

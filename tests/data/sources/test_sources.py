@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from falcon_fast.config import DataConfig
-from falcon_fast.data.cifar import CIFAR10_CLASSES
-from falcon_fast.data.images import Source, Split, held_out, read_image
-from falcon_fast.data.sources import open_source
+from falcon_fast.data.sources.cifar import CIFAR10_CLASSES
+from falcon_fast.data.sources.images import Source, Split, held_out, read_image
+from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.errors import UsageError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data.images import ImageArray, Source, Split, fingerprint, shown
-from falcon_fast.data.small import open_small_folders
+from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
 
 SVHN_MEAN, SVHN_STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)

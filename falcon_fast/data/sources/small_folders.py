@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data.folders import open_folder
-from falcon_fast.data.images import ImageArray, Images, Split, shown
+from falcon_fast.data.sources.folders import open_folder
+from falcon_fast.data.sources.images import ImageArray, Images, Split, shown
 from falcon_fast.errors import UsageError
 
 

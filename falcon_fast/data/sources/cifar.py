@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from falcon_fast.data.images import ImageArray, Source, Split, fingerprint, shown
-from falcon_fast.data.small import open_small_folders
+from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from falcon_fast.data.cifar import open_cifar10, open_cifar100
-from falcon_fast.data.folders import open_folder, open_imagenet100
-from falcon_fast.data.images import ImageArray, Source, Split, fingerprint, shown
-from falcon_fast.data.svhn import open_svhn
+from falcon_fast.data.sources.cifar import open_cifar10, open_cifar100
+from falcon_fast.data.sources.folders import open_folder, open_imagenet100
+from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.svhn import open_svhn
 from falcon_fast.errors import UsageError
 
 if TYPE_CHECKING:

@@ -11,16 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data import manifest
-from falcon_fast.data.images import (
-    ImageFiles,
-    Source,
-    Split,
-    fingerprint,
-    held_out,
-    shown,
-)
-from falcon_fast.data.manifest import Entry
+from falcon_fast.data.sources import manifest
+from falcon_fast.data.sources.images import ImageFiles, Source, Split, fingerprint, held_out, shown
+from falcon_fast.data.sources.manifest import Entry
 from falcon_fast.errors import UsageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
