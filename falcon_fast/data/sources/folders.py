@@ -97,7 +97,7 @@ def open_imagenet100(root: Path, size: int) -> Source:
     Raises:
         UsageError: class folders are missing.
     """
-    names = (resources.files("falcon_fast.data") / "imagenet100.txt").read_text(encoding="utf-8").split()
+    names = (resources.files("falcon_fast.data.sources") / "imagenet100.txt").read_text(encoding="utf-8").split()
     return open_folder(root, size, frozenset(names))
 
 

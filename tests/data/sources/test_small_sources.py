@@ -153,7 +153,7 @@ def test_a_damaged_or_missing_svhn_file_is_named(tmp_path: Path, image_folder: P
 
 
 def imagenet100_names() -> list[str]:
-    return (resources.files("falcon_fast.data") / "imagenet100.txt").read_text().split()
+    return (resources.files("falcon_fast.data.sources") / "imagenet100.txt").read_text().split()
 
 
 def test_imagenet100_takes_its_hundred_classes_out_of_a_thousand(tmp_path: Path) -> None:
