@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from falcon_fast.data import loader
-from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.batch import Batch
-from falcon_fast.data.photometric import to_tensors
-from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources.folders import IMAGENET_MEAN, IMAGENET_STD
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Source, Split, header_size
-from falcon_fast.data.stage import photometric_stage
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
+from falcon_fast.data.views.photometric import to_tensors
+from falcon_fast.data.views.photometric_stage import photometric_stage
+from falcon_fast.data.views.sampling import Clock
 from falcon_fast.training.graphed import Graphed
 
 from .conftest import interleaved

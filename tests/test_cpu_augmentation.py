@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
-from falcon_fast.data.photometric import augment, normalize, to_tensors
-from falcon_fast.data.stage import cpu_stage
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
+from falcon_fast.data.views.photometric import augment, normalize, to_tensors
+from falcon_fast.data.views.photometric_stage import cpu_stage
 from falcon_fast.kernels import cpu_extension
 from falcon_fast.kernels.cpu.views import DTYPES
 

@@ -18,9 +18,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
-from falcon_fast.data.photometric import augment, normalize, to_tensors
-from falcon_fast.data.stage import photometric_stage, triton_stage
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
+from falcon_fast.data.views.photometric import augment, normalize, to_tensors
+from falcon_fast.data.views.photometric_stage import photometric_stage, triton_stage
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels.gpu import augmentation, resources
 
@@ -251,7 +251,7 @@ def test_wrong_kernels_are_found_out(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_it_is_a_setting_and_says_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_fast.data import stage as module
+    from falcon_fast.data.views import photometric_stage as module
 
     images, p = photos(4).to(DEVICE), to_tensors(drawn(4, EVERYTHING), DEVICE)
     stage = photometric_stage(EVERYTHING, "triton", device=DEVICE, dtype=torch.float16)
@@ -263,7 +263,7 @@ def test_it_is_a_setting_and_says_where_it_does_not_run(monkeypatch: pytest.Monk
 
 
 def test_it_is_taken_when_asked_for_and_not_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    from falcon_fast.data import stage as module
+    from falcon_fast.data.views import photometric_stage as module
 
     monkeypatch.setattr(module, "why_no_triton", lambda device: None)
     monkeypatch.setattr(module, "triton_stage", lambda recipe, dtype: lambda *_: "triton")

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from falcon_fast.config import DataConfig, load_recipe, override, validate
 from falcon_fast.data import dali, loader
-from falcon_fast.data.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.data.loader import choose_loader, training_batches
-from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources.images import ImageArray, Source, Split
 from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
+from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, graphed, trainer

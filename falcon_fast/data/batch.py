@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from falcon_fast.data.photometric import PhotometricTensors
+from falcon_fast.data.views.photometric import PhotometricTensors
 
 
 class Batch(NamedTuple):

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from falcon_fast.data.batch import Batch, labels_of
-from falcon_fast.data.crops import resized_crops
 from falcon_fast.data.encoded import bitmap, encoded
-from falcon_fast.data.photometric import to_tensors
 from falcon_fast.data.quarantine import Quarantine, load_share
-from falcon_fast.data.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, reason_of
+from falcon_fast.data.views.crops import resized_crops
+from falcon_fast.data.views.photometric import to_tensors
+from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.errors import TrainingError
 
 READ_AHEAD = 4  # steps, a thread each: files on a disk far away are read together

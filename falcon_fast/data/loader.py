@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from falcon_fast.data import resident, synthetic, workers
-from falcon_fast.data.augmentation import Augmentation
 from falcon_fast.data.batch import Batch
 from falcon_fast.data.quarantine import Quarantine
-from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources.images import ImageFiles, Source
+from falcon_fast.data.views.augmentation import Augmentation
+from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels import cpu_extension
 

@@ -15,8 +15,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from falcon_fast.data.sampling import BatchPlan, Clock
 from falcon_fast.data.sources.images import ImageFiles, Images, reason_of, shown
+from falcon_fast.data.views.sampling import BatchPlan, Clock
 from falcon_fast.errors import UsageError
 
 COLUMNS = ("image", "file", "reason")

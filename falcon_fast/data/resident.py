@@ -22,69 +22,15 @@ import numpy as np
 import torch
 
 from falcon_fast.data.batch import Batch
-from falcon_fast.data.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.quarantine import Quarantine
-from falcon_fast.data.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, reason_of
-from falcon_fast.data.workers import fitted, warp
+from falcon_fast.data.views.affine import warp
+from falcon_fast.data.views.crop_products import crop
+from falcon_fast.data.views.crops import fitted
+from falcon_fast.data.views.photometric import PhotometricTensors, to_tensors
+from falcon_fast.data.views.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
 from falcon_fast.kernels import cpu_extension, why_no_triton
 from falcon_fast.kernels.cpu.views import resize_crops
-
-SUPPORT = 2.0  # of the bicubic filter, in pixels
-PRECISION_BITS = 22  # of Pillow's weights
-CHUNK = 1 << 25  # pixels' channels resized at once, in float64: 256 MiB
-
-
-def bicubic(x: torch.Tensor) -> torch.Tensor:
-    """The cubic convolution kernel with a = -1/2 (Keys, 1981), Pillow's BICUBIC."""
-    x = x.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-
-
-def weights(start: torch.Tensor, length: torch.Tensor, flip: torch.Tensor | None, size: int, side: int) -> torch.Tensor:
-    """What each output pixel takes from each input pixel along one axis: float64 (n, size, side), integers, 2^22 = 1.
-
-    start, length: int64 (n,), the region.  flip: bool (n,), the output in reverse, or None.  side: of the images, pixels.
-    """
-    out = torch.arange(size, device=start.device, dtype=torch.float64)
-    scale = length.double() / size
-    if flip is not None:
-        out = torch.where(flip[:, None], size - 1 - out, out)
-    reach = scale.clamp_min(1.0)[:, None]
-    centre = (out + 0.5) * scale[:, None]  # from the start of the region: (n, size)
-    # Outside the region there is nothing, as Pillow sees a crop: its weights are cut there and rescaled.
-    first = (centre - SUPPORT * reach + 0.5).trunc().clamp_min(0)[..., None]
-    last = torch.minimum((centre + SUPPORT * reach + 0.5).trunc(), length[:, None].double())[..., None]
-    pixel = (torch.arange(side, device=start.device) - start[:, None]).double()[:, None]  # (n, 1, side)
-    w = bicubic((pixel - centre[..., None] + 0.5) / reach[..., None])
-    w = torch.where((pixel >= first) & (pixel < last), w, 0.0)
-    w = w / w.sum(2, keepdim=True) * (1 << PRECISION_BITS)
-    return (w.abs() + 0.5).floor() * w.sign()
-
-
-def crop(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int) -> torch.Tensor:
-    """Regions resized by antialiased bicubic interpolation: uint8 (n, 3, S, S), channels_last.
-
-    images: uint8 (n, H, W, 3).  boxes: int64 (n, 4), top, left, height, width.  flips: bool (n,), mirror left to right.
-    No step waits for the device or depends on a value on the host: it can be captured in a CUDA graph.
-    """
-    n, height, width, channels = images.shape
-    if (rows_at_once := max(1, CHUNK // images[:1].numel())) < n:
-        parts = zip(images.split(rows_at_once), boxes.split(rows_at_once), flips.split(rows_at_once), strict=True)
-        return torch.cat([crop(*part, size=size) for part in parts])
-    top, left, rows, columns = boxes.unbind(1)
-
-    def rounded(sums: torch.Tensor) -> torch.Tensor:
-        return ((sums + (1 << (PRECISION_BITS - 1))) / (1 << PRECISION_BITS)).floor().clamp(0, 255)
-
-    across = weights(left, columns, flips, size, width)
-    down = weights(top, rows, None, size, height)
-    # (n, S, W) x (n, W, H 3), then (n, S, H) x (n, H, S 3): both passes are one product an image.
-    x = rounded(across @ images.double().transpose(1, 2).reshape(n, width, height * channels))
-    x = x.view(n, size, height, channels).transpose(1, 2).reshape(n, height, size * channels)
-    return rounded(down @ x).view(n, size, size, channels).to(torch.uint8).permute(0, 3, 1, 2)
 
 
 def kernel_differs(pixels: torch.Tensor, size: int) -> str | None:

@@ -10,9 +10,9 @@ from collections.abc import Generator
 import torch
 
 from falcon_fast.data.batch import Batch, labels_of
-from falcon_fast.data.photometric import to_tensors
-from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources.images import Split
+from falcon_fast.data.views.photometric import to_tensors
+from falcon_fast.data.views.sampling import Clock
 
 
 def training_batches(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from falcon_fast.data.augmentation import augmentation
 from falcon_fast.data.loader import choose_loader, training_batches
-from falcon_fast.data.photometric import augment
 from falcon_fast.data.quarantine import Quarantine
-from falcon_fast.data.sampling import Clock
 from falcon_fast.data.sources.images import read_image, reason_of, shown
 from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.views.augmentation import augmentation
+from falcon_fast.data.views.photometric import augment
+from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 
 if TYPE_CHECKING:

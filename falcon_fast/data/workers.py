@@ -16,17 +16,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from falcon_fast.data.augmentation import Augmentation
 from falcon_fast.data.batch import Batch, labels_of
-from falcon_fast.data.crops import pillow_crop
-from falcon_fast.data.photometric import to_tensors
 from falcon_fast.data.quarantine import Quarantine, load_share
-from falcon_fast.data.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
 from falcon_fast.data.sources.images import Images, Split, reason_of
+from falcon_fast.data.views.affine import warp
+from falcon_fast.data.views.augmentation import Augmentation
+from falcon_fast.data.views.crops import fitted, pillow_crop
+from falcon_fast.data.views.photometric import to_tensors
+from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
 from falcon_fast.errors import UsageError
-
-EVALUATION_CROP = 224 / 256  # of the short side, from this size up; smaller images are taken whole
-EVALUATION_CROP_FROM = 96
 
 
 def auto_workers(augmentation: Augmentation) -> int:
@@ -85,34 +83,6 @@ def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Ten
     whole = torch.from_numpy(np.stack([np.asarray(fitted(image, size)) for image in images]))
     theta = torch.from_numpy(np.concatenate([affine_matrices(plan.geometry[view], rule) for view in range(2)]))
     return warp(whole, theta, torch.from_numpy(plan.flips.reshape(-1)))
-
-
-def warp(images: torch.Tensor, theta: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """Affine views, bilinear, black outside: uint8 (2 B, S, S, 3).
-
-    images: uint8 (B, S, S, 3).  theta: float32 (2 B, 2, 3), by `affine_matrices`.  flips: bool (2 B,), mirror afterwards.
-    """
-    source = images.permute(0, 3, 1, 2).float().repeat(2, 1, 1, 1)
-    grid = torch.nn.functional.affine_grid(theta, list(source.shape), align_corners=False)
-    grid = torch.where(flips[:, None, None, None], grid.flip(2), grid)
-    warped = torch.nn.functional.grid_sample(source, grid, align_corners=False)
-    return warped.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def fitted(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, which is imported where it is used
-    """The image as evaluation sees it: short side resized, centre cropped, to the pixel as torchvision's transforms do.
-
-    An image that has the size of a view already is taken as it is.
-    """
-    from PIL import Image
-
-    if image.size == (size, size):
-        return image
-    crop = EVALUATION_CROP if size >= EVALUATION_CROP_FROM else 1.0
-    width, height = (round(size / crop) * side // min(image.size) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

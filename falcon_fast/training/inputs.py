@@ -10,7 +10,7 @@ import torch
 
 from falcon_fast.data.loader import training_inputs
 from falcon_fast.data.quarantine import Quarantine
-from falcon_fast.data.stage import Photometric, photometric_stage
+from falcon_fast.data.views.photometric_stage import Photometric, photometric_stage
 from falcon_fast.training.processes import Processes
 from falcon_fast.training.run import Run
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from falcon_fast.data import crops
-from falcon_fast.data.crops import pillow_crop, resized_crops
+from falcon_fast.data.views import crops
+from falcon_fast.data.views.crops import pillow_crop, resized_crops
 from falcon_fast.kernels import cpu_extension
 
 needs_extension = pytest.mark.skipif(cpu_extension is None, reason="extension not built")

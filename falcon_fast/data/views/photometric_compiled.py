@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falcon_fast.data.augmentation import Augmentation
-from falcon_fast.data.photometric import GRAY_WEIGHTS, NO_BLUR, PhotometricTensors
+from falcon_fast.data.views.augmentation import Augmentation
+from falcon_fast.data.views.photometric import GRAY_WEIGHTS, NO_BLUR, PhotometricTensors
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _Planes = tuple[Tensor, Tensor, Tensor]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falcon_fast.data.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
-from falcon_fast.data.sampling import (
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
+from falcon_fast.data.views.sampling import (
     AFFINE_DRAWS,
     CROP_DRAWS,
     PHOTOMETRIC_DRAWS,

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from falcon_fast.data.augmentation import Augmentation
-from falcon_fast.data.sampling import PhotometricParameters
+from falcon_fast.data.views.augmentation import Augmentation
+from falcon_fast.data.views.sampling import PhotometricParameters
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)

@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation
-from falcon_fast.data.fused import fused
-from falcon_fast.data.photometric import augment, to_tensors
-from falcon_fast.data.stage import photometric_stage
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
+from falcon_fast.data.views.photometric import augment, to_tensors
+from falcon_fast.data.views.photometric_compiled import fused
+from falcon_fast.data.views.photometric_stage import photometric_stage
 
 from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
 

@@ -1,8 +1,8 @@
 """One description of a two-view recipe, as data, which every loader executes.
 
 An `Augmentation` only says what may happen to a view and how likely it is. Which of it happens to which image is
-counted out by `falcon_fast.data.sampling`; the crop or the affine map is carried out by the loaders and everything
-after it by `falcon_fast.data.photometric`, in this order: colour jitter (its four operations in random order),
+counted out by `falcon_fast.data.views.sampling`; the crop or the affine map is carried out by the loaders and everything
+after it by `falcon_fast.data.views.photometric`, in this order: colour jitter (its four operations in random order),
 grayscale, Gaussian blur, solarise. (The flip commutes with all of these, so it is carried out together with the
 crop.)
 """

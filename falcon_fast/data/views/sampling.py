@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from falcon_fast.data.augmentation import AffineRule, Augmentation, CropRule
+from falcon_fast.data.views.augmentation import AffineRule, Augmentation, CropRule
 from falcon_fast.errors import UsageError
 
 _MASK = (1 << 64) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from falcon_fast.data.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule, augmentation
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule, augmentation
 from falcon_fast.errors import UsageError
 
 # Written out a second time, from the recipe table: jitter b, c, s, h; gray; blur v1, v2; solarise v1, v2.

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from falcon_fast.data.augmentation import AUGMENTATIONS, Augmentation, CropRule
-from falcon_fast.data.photometric import augment, gaussian_blur, normalize, to_tensors
-from falcon_fast.data.sampling import Clock, PhotometricParameters
+from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation, CropRule
+from falcon_fast.data.views.photometric import augment, gaussian_blur, normalize, to_tensors
+from falcon_fast.data.views.sampling import Clock, PhotometricParameters
 
 MEAN = torch.tensor([0.49, 0.48, 0.45])
 STD = torch.tensor([0.25, 0.24, 0.26])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from falcon_fast.data import stage as module
-from falcon_fast.data.photometric import augment, to_tensors
-from falcon_fast.data.stage import photometric_stage
+from falcon_fast.data.views import photometric_stage as module
+from falcon_fast.data.views.photometric import augment, to_tensors
+from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import UsageError
 
 from .test_photometric import EVERYTHING, MEAN, STD, drawn, photos

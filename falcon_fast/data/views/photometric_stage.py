@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from falcon_fast.data.augmentation import Augmentation
-from falcon_fast.data.fused import fused
-from falcon_fast.data.photometric import PhotometricTensors, augment
 from falcon_fast.data.sources.images import reason_of
+from falcon_fast.data.views.augmentation import Augmentation
+from falcon_fast.data.views.photometric import PhotometricTensors, augment
+from falcon_fast.data.views.photometric_compiled import fused
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels import cpu_extension, why_no_triton
 
