@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from falcon_fast.config import Config, dump_config, load_config
+from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import augmentation
-from falcon_fast.data.workers import auto_workers
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves

@@ -24,7 +24,7 @@ from falcon_fast.data.views.photometric_stage import photometric_stage, triton_s
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels.gpu import augmentation, resources
 
-from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
+from .data.views.test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS_LAST = torch.channels_last

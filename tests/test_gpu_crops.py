@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from falcon_fast.data import resident
+from falcon_fast.data.loaders import resident
 from falcon_fast.data.views.crops import pillow_crop
 
 pytest.importorskip("triton")

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.loader import training_batches
+from falcon_fast.data.loaders.choose import training_batches
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import TrainingError, UsageError

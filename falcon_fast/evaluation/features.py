@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from falcon_fast.data.loaders.evaluation import evaluation_batches
 from falcon_fast.data.sources.images import Source, Split
 from falcon_fast.data.views.photometric import normalize
-from falcon_fast.data.workers import evaluation_batches
 from falcon_fast.models.network import FalconNetwork
 from falcon_fast.objective.codes import Codes
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from falcon_fast.config import Config, TrainingConfig
-from falcon_fast.data.loader import choose_loader
-from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.loaders.choose import choose_loader
+from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.images import Source
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import Augmentation, augmentation
 from falcon_fast.data.views.sampling import Clock
-from falcon_fast.data.workers import auto_workers
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.hardware.precision import Precision, choose_precision

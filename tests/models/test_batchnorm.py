@@ -9,7 +9,7 @@ from torch import nn
 
 from falcon_fast.models.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
 
-from .processes import in_processes
+from ..processes import in_processes
 
 
 def run_together(module, views, compiled=False):

@@ -1,9 +1,10 @@
 """Image files as bytes that DALI decodes to the very pixels that Pillow does.
 
 DALI's CPU decoders and Pillow agree to the pixel on JPEG (baseline, progressive, gray, CMYK), PNG (gray, alpha, palette) and
-WEBP, EXIF orientation included (tests/test_dali.py). Of 16 bits in a PNG DALI rounds to 8, `read_image` takes the upper 8. One
-file that DALI cannot decode ends its pipeline, and building another takes 50 ms on a CPU. So what is no complete file of these
-three, has 16 bits, or stands upright by its XMP data alone, Pillow decodes, and DALI gets it as a bitmap.
+WEBP, EXIF orientation included (tests/data/loaders/test_dali.py). From a 16-bit PNG, DALI rounds to 8 bits, while `read_image`
+takes the upper 8. One file that DALI cannot decode ends its pipeline, and building another takes 50 ms on a CPU. Pillow therefore
+decodes every file that is not a complete JPEG, 8-bit PNG or WEBP, and every file whose orientation is given by XMP data alone;
+DALI gets these as bitmaps.
 """
 
 from __future__ import annotations

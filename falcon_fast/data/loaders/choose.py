@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from falcon_fast.data import resident, synthetic, workers
-from falcon_fast.data.batch import Batch
-from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.loaders import resident, synthetic, workers
+from falcon_fast.data.loaders.batch import Batch
+from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageFiles, Source
 from falcon_fast.data.views.augmentation import Augmentation
 from falcon_fast.data.views.sampling import Clock
@@ -65,7 +65,7 @@ def choose_loader(
 
 
 def _why_no_dali(device: torch.device) -> str | None:
-    from falcon_fast.data import dali
+    from falcon_fast.data.loaders import dali
 
     return dali.why_not(device)
 
@@ -104,7 +104,7 @@ def training_inputs(
     elif loader == "workers":
         batches = workers.training_batches(*common, workers_count, rank, world_size, quarantine)
     else:
-        from falcon_fast.data import dali
+        from falcon_fast.data.loaders import dali
 
         batches = dali.training_batches(*common, rank, world_size, quarantine)
     return batches, lambda batch: batch

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.quarantine import Quarantine, load_share
+from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.sources.images import ImageArray, reason_of
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 from falcon_fast.training.run import prepare
 
-from .loaders import smooth
+from ..images import smooth
 
 IMAGES = ImageArray(np.zeros((200, 2, 2, 3), np.uint8))
 

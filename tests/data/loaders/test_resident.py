@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from falcon_fast.config import DataConfig
-from falcon_fast.data import resident, workers
-from falcon_fast.data.batch import Batch
-from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.loaders import resident, workers
+from falcon_fast.data.loaders.batch import Batch
+from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split, header_size
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 
-from .loaders import CPU, damage, joined, same, smooth, write_every_kind
+from ..images import CPU, damage, joined, same, smooth, write_every_kind
 
 RECIPE = AUGMENTATIONS["cifar-asymmetric"]
 

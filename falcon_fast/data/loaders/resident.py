@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from falcon_fast.data.batch import Batch
-from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.loaders.batch import Batch
+from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, reason_of
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.crop_products import crop

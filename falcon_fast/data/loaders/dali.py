@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from falcon_fast.data.batch import Batch, labels_of
-from falcon_fast.data.encoded import bitmap, encoded
-from falcon_fast.data.quarantine import Quarantine, load_share
+from falcon_fast.data.loaders.batch import Batch, labels_of
+from falcon_fast.data.loaders.dali_files import bitmap, encoded
+from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, reason_of
 from falcon_fast.data.views.crops import resized_crops
 from falcon_fast.data.views.photometric import to_tensors

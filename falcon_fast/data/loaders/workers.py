@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from falcon_fast.data.batch import Batch, labels_of
-from falcon_fast.data.quarantine import Quarantine, load_share
-from falcon_fast.data.sources.images import Images, Split, reason_of
+from falcon_fast.data.loaders.batch import Batch, labels_of
+from falcon_fast.data.loaders.quarantine import Quarantine, load_share
+from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.augmentation import Augmentation
 from falcon_fast.data.views.crops import fitted, pillow_crop
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
-from falcon_fast.errors import UsageError
 
 
 def auto_workers(augmentation: Augmentation) -> int:
@@ -146,63 +145,3 @@ def training_batches(
             parameters=to_tensors(item.parameters, device),
             labels=labels_of(split.labels, item.indices, device),
         )
-
-
-class _Evaluated(Dataset):
-    """Item i is image i as evaluation sees it, uint8 (S, S, 3), or why it cannot be decoded."""
-
-    def __init__(self, images: Images, size: int) -> None:
-        self.images, self.size = images, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
-        try:
-            return index, np.asarray(fitted(self.images.image(index), self.size))
-        except (
-            Exception
-        ) as error:  # Pillow raises whatever its decoders do; as it is, it would come as a worker's traceback
-            return index, reason_of(error)
-
-
-def _stack(items: list[tuple[int, np.ndarray | str]]) -> tuple[torch.Tensor | None, dict[int, str]]:
-    good = [pixels for _, pixels in items if not isinstance(pixels, str)]
-    bad = {index: reason for index, reason in items if isinstance(reason, str)}
-    return torch.from_numpy(np.stack(good)) if good else None, bad
-
-
-def evaluation_batches(
-    split: Split,
-    size: int,
-    device: torch.device,
-    batch_size: int = 256,
-    workers: int = 0,
-    bad: dict[int, str] | None = None,
-) -> Iterator[torch.Tensor]:
-    """Yield the split's images once, in order, centred and without augmentation: uint8 (<= batch_size, 3, S, S), channels_last.
-
-    bad: takes the images that cannot be decoded, number -> reason, which are then left out.
-
-    Raises:
-        UsageError: an image cannot be decoded and `bad` is None; the message names the file.
-    """
-    loader = DataLoader(
-        _Evaluated(split.images, size),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_stack,
-        worker_init_fn=_leave_signals_to_the_trainer,
-        pin_memory=device.type == "cuda",
-    )
-    some = not len(split.images)
-    for images, found in loader:
-        for index, reason in found.items():
-            if bad is None:
-                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): mend or remove it")
-            bad[index] = reason
-        if images is not None:
-            some = True
-            yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    if not some:
-        raise UsageError(f"none of {len(split.images)} images can be decoded: is the disk still there?")

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from falcon_fast.data import dali, workers
-from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.loaders import dali, workers
+from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, read_image
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import TrainingError, UsageError
 
-from .loaders import CPU, damage, joined, same, smooth, write_every_kind
+from ..images import CPU, damage, joined, same, smooth, write_every_kind
 
 pytest.importorskip("nvidia.dali")
 

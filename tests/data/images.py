@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from falcon_fast.data.batch import Batch
+from falcon_fast.data.loaders.batch import Batch
 
 CPU = torch.device("cpu")
 XMP = (

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import torch
 
-from falcon_fast.data.batch import Batch, labels_of
+from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.sources.images import Split
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import Clock

@@ -18,7 +18,7 @@ from falcon_fast.data.sources.images import header, read_image
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.training.run import prepare
 
-from .loaders import damage, smooth, write_every_kind
+from .images import damage, smooth, write_every_kind
 
 
 @pytest.fixture

@@ -16,16 +16,17 @@ import torch
 from PIL import Image
 
 from falcon_fast.config import DataConfig
-from falcon_fast.data.quarantine import Quarantine
+from falcon_fast.data.loaders.evaluation import evaluation_batches
+from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.loaders.workers import auto_workers, training_batches
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import Clock, affine_matrices, crop_boxes
-from falcon_fast.data.workers import auto_workers, evaluation_batches, training_batches
 from falcon_fast.errors import UsageError
 
-from .loaders import CPU, damage, same
+from ..images import CPU, damage, same
 
 CROPPED = AUGMENTATIONS["imagenet-asymmetric"]
 

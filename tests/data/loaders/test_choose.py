@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from falcon_fast.config import DataConfig, load_recipe, override, validate
-from falcon_fast.data import dali, loader
-from falcon_fast.data.loader import choose_loader, training_batches
+from falcon_fast.data.loaders import choose as loader
+from falcon_fast.data.loaders import dali
+from falcon_fast.data.loaders.choose import choose_loader, training_batches
 from falcon_fast.data.sources.images import ImageArray, Source, Split
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
@@ -24,7 +25,7 @@ from falcon_fast.runs import create_run_directory
 from falcon_fast.training import checkpoint, graphed, trainer
 from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
 
-from .loaders import CPU, damage, joined, same, smooth
+from ..images import CPU, damage, joined, same, smooth
 
 CROPS = AUGMENTATIONS["imagenet-asymmetric"]
 CUDA = torch.device("cuda")
