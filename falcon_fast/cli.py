@@ -52,10 +52,11 @@ def train(
     from rich.console import Console
 
     from falcon_fast import config as configuration
-    from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
     from falcon_fast.hardware.host_memory import keep_host_memory
-    from falcon_fast.lock import RunLock
+    from falcon_fast.runs import directory as run_directory
+    from falcon_fast.runs import results
+    from falcon_fast.runs.lock import RunLock
     from falcon_fast.training import checkpoint
     from falcon_fast.training.processes import join
     from falcon_fast.training.run import prepare, restore
@@ -95,10 +96,10 @@ def train(
         state = ""
         with processes.together():
             if processes.main:
-                state = runs.state_of(directory, config, CHANGEABLE)
+                state = run_directory.state_of(directory, config, CHANGEABLE)
                 if state != "finished" and directory.is_dir():
                     lock.take(PATIENCE, lambda line: console.print(line, soft_wrap=True))
-                    state = runs.state_of(directory, config, CHANGEABLE)  # as the run that had it has left it
+                    state = run_directory.state_of(directory, config, CHANGEABLE)  # as the run that had it has left it
         state = processes.from_main(state)
         if state == "finished":
             console.print(f"{directory} is finished: its figures are in {directory / 'result.json'}", soft_wrap=True)
@@ -110,9 +111,9 @@ def train(
     step, seconds = restore(run, directory) if begun else (0, 0.0)
     with processes.together():
         if processes.main and begun:
-            runs.remove_partials(directory)
+            run_directory.remove_partials(directory)
         elif processes.main:
-            runs.create_run_directory(directory, run.config, again=lock.held, lock=lock)
+            run_directory.create_run_directory(directory, run.config, again=lock.held, lock=lock)
     for note in run.notes:
         console.print(note, soft_wrap=True)
     console.print(describe(run, directory, step), soft_wrap=True)
@@ -131,7 +132,7 @@ def train(
     processes.close()
     if not processes.main:
         return
-    result = runs.finish(run, network, directory, seconds, say=lambda line: console.print(line, soft_wrap=True))
+    result = results.finish(run, network, directory, seconds, say=lambda line: console.print(line, soft_wrap=True))
     for table in result_tables(result):
         console.print(table)
     console.print(f"everything is in {directory}", soft_wrap=True)
@@ -217,14 +218,17 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     """Evaluate the newest checkpoint of a run directory, and write evaluation.json there."""
     from rich.console import Console
 
-    from falcon_fast import runs
     from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.runs import results
+    from falcon_fast.runs.directory import write_json
 
     console = Console(highlight=False, markup=False)
-    result = runs.evaluate(runs.load_trained(run, device), data, say=lambda line: console.print(line, soft_wrap=True))
+    result = results.evaluate(
+        results.load_trained(run, device), data, say=lambda line: console.print(line, soft_wrap=True)
+    )
     for table in result_tables(result):  # first: the run directory may be another one's, or the disk full
         console.print(table)
-    runs.write_json(run / "evaluation.json", result)
+    write_json(run / "evaluation.json", result)
 
 
 @cli.command()

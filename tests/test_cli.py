@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from falcon_fast import cli, config, runs
 from falcon_fast.training import trainer
 
-from .test_lock import another_run
+from .runs.test_lock import another_run
 
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--epochs", "2", "--no-amp"]
 

@@ -16,7 +16,7 @@ from falcon_fast.config import OptimizerConfig, load_recipe, override, validate
 from falcon_fast.errors import UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import FalconNetwork, ResNet8
-from falcon_fast.runs import create_run_directory
+from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import checkpoint, graphed, trainer
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.graphed import WARM_UP, GraphedStep

@@ -10,7 +10,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.runs import create_run_directory
+from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import graphed, logs, trainer
 from falcon_fast.training.run import Run, prepare, restore
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError
-from falcon_fast.runs import create_run_directory
+from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import graphed, memory, trainer
 from falcon_fast.training.run import Run, prepare
 

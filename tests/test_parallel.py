@@ -28,7 +28,7 @@ from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
-from falcon_fast.runs import create_run_directory
+from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import checkpoint, parallel, trainer
 from falcon_fast.training.processes import Processes, StopAgreement, join, lost_peers, speaks
 from falcon_fast.training.run import Run, _build, prepare, restore

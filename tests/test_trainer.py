@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.hardware import precision
-from falcon_fast.runs import create_run_directory, load_trained
+from falcon_fast.runs.directory import create_run_directory
+from falcon_fast.runs.results import load_trained
 from falcon_fast.training import checkpoint, graphed, signals, trainer
 from falcon_fast.training.console import COLUMNS, TIMINGS
 from falcon_fast.training.run import Run, prepare, restore

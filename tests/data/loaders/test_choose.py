@@ -21,7 +21,7 @@ from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
-from falcon_fast.runs import create_run_directory
+from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import checkpoint, graphed, trainer
 from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
 

@@ -1,28 +1,18 @@
-"""A run directory: made empty, filled by training, and what is left there in the end.
-
-config.toml            the resolved configuration
-metrics.csv            a row a logged step (columns: falcon_fast/training/console.py)
-tensorboard/           the same rows as events, for `tensorboard --logdir RUN` (log.tensorboard)
-checkpoints/           the newest complete checkpoints
-result.json            the figures of the final evaluation
-curves.png             loss, codes in use, online probe and NMI against epochs
-backbone.safetensors   the trained backbone alone, without projector
-"""
+"""What a run has learnt: loaded, judged again, and left in the run directory when training is over."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from falcon_fast.config import Config, dump_config, load_config
+from falcon_fast.config import Config, load_config
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.open_source import open_source
 from falcon_fast.data.views.augmentation import augmentation
@@ -30,78 +20,12 @@ from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
-from falcon_fast.lock import NAME as LOCK
-from falcon_fast.lock import RunLock
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
+from falcon_fast.runs.directory import write_json
 from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.run import Run
-
-
-def create_run_directory(path: Path, config: Config, again: bool = False, lock: RunLock | None = None) -> None:
-    """Make an empty run directory, take its `lock`, and put config.toml there.
-
-    again: also where a run died before its first checkpoint, whose lock is held already.
-
-    Raises:
-        UsageError: the directory has contents of its own, cannot be written, or another run has just begun there.
-    """
-    partial = path / ".config.toml.partial"
-    try:
-        if not again and _occupied(path):
-            raise UsageError(f"run directory {path} is not empty: choose another, or continue it with --resume {path}")
-        path.mkdir(parents=True, exist_ok=True)
-        if lock is not None:
-            lock.take()
-        remove_partials(path)
-        try:
-            partial.write_text(dump_config(config), encoding="utf-8")
-            partial.replace(path / "config.toml")
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"run directory {path} cannot be written: {error.strerror}") from None
-
-
-def _occupied(path: Path) -> bool:
-    """Whether something is there beside what a killed process left."""
-    if not path.is_dir():
-        return path.exists()
-    return any(entry.name != LOCK and not entry.name.endswith(".partial") for entry in path.iterdir())
-
-
-def remove_partials(path: Path) -> None:
-    """Remove what a killed process left half-written in a run directory."""
-    for left in path.glob(".*.partial"):
-        left.unlink()
-
-
-def state_of(path: Path, config: Config, changeable: Collection[str]) -> str:
-    """Where a run of `config` in `path` stands: "new", "begun" (there is a checkpoint) or "finished".
-
-    Raises:
-        UsageError: the directory holds something else, or a run whose settings differ otherwise than in `changeable`.
-    """
-    if not (path / "config.toml").exists():
-        if _occupied(path):
-            raise UsageError(f"{path} holds something else than a run: choose another --run-dir")
-        return "new"
-    theirs = dataclasses.asdict(load_config(path / "config.toml"))
-    mine = dataclasses.asdict(config)
-    if not mine["data"]["size"]:  # theirs is what the source said
-        mine["data"]["size"] = theirs["data"]["size"]
-    if mine.pop("recipe") != (recipe := theirs.pop("recipe")):
-        raise UsageError(f"{path} holds a run of recipe {recipe}, not {config.recipe}: choose another --run-dir")
-    for section, settings in theirs.items():
-        for key, value in settings.items():
-            if (name := f"{section}.{key}") not in changeable and mine[section][key] != value:
-                raise UsageError(
-                    f"{path} holds a run whose {name} is {value!r}, not {mine[section][key]!r}: choose another --run-dir"
-                )
-    if (path / "result.json").exists():
-        return "finished"
-    return "begun" if checkpoint.complete(path / "checkpoints") else "new"
 
 
 @dataclass(frozen=True)
@@ -188,16 +112,3 @@ def finish(
     partial.replace(directory / "backbone.safetensors")
     write_json(directory / "result.json", result)  # last: a run with a result is a finished run
     return result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN and infinity become null, which every JSON reader takes."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(plain(value), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

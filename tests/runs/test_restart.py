@@ -73,10 +73,12 @@ def _member(rank: int, world: int, port: int, arguments: list[str], log: str) ->
         os.environ[name] = str(value)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    from falcon_fast import cli, runs
+    from falcon_fast import cli
+    from falcon_fast.runs import results
+    from falcon_fast.runs.directory import write_json
 
     # The evaluation at the end is not what is tested, and takes longer than the run.
-    runs.finish = lambda run, network, directory, seconds, say: runs.write_json(directory / "result.json", {}) or {}  # type: ignore
+    results.finish = lambda run, network, directory, seconds, say: write_json(directory / "result.json", {}) or {}  # type: ignore
     import falcon_fast.evaluation.report as report
 
     report.result_tables = lambda result: []
@@ -86,7 +88,7 @@ def _member(rank: int, world: int, port: int, arguments: list[str], log: str) ->
 
 def launch(world: int, directory: Path, log: Path) -> list:
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_restart", "falcon_fast.training.trainer", "falcon_fast.cli"])
+    context.set_forkserver_preload(["tests.runs.test_restart", "falcon_fast.training.trainer", "falcon_fast.cli"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

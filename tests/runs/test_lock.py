@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from falcon_fast.errors import UsageError
-from falcon_fast.lock import RunLock
+from falcon_fast.runs.lock import RunLock
 
 HOLDER = """
 import sys
