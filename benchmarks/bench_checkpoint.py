@@ -17,7 +17,7 @@ from falcon_fast import FalconLoss
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_codes, build_network
-from falcon_fast.training import checkpoint
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 

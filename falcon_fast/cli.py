@@ -57,8 +57,8 @@ def train(
     from falcon_fast.runs import directory as run_directory
     from falcon_fast.runs import results
     from falcon_fast.runs.lock import RunLock
-    from falcon_fast.training import checkpoint
-    from falcon_fast.training.processes import join
+    from falcon_fast.training.checkpoints import checkpoint
+    from falcon_fast.training.distributed.processes import join
     from falcon_fast.training.run import prepare, restore
     from falcon_fast.training.trainer import train as train_run
 
@@ -248,12 +248,12 @@ def main() -> None:
         cli()
     except SystemExit as stop:
         if getattr(stop, "agreed", False):
-            from falcon_fast.training.processes import leave
+            from falcon_fast.training.distributed.processes import leave
 
             leave(stop)
         raise
     except (UsageError, TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
-        from falcon_fast.training.processes import leave, speaks
+        from falcon_fast.training.distributed.processes import leave, speaks
 
         if speaks(error):
             click.echo(f"error: {error}", err=True)

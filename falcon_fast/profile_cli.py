@@ -56,7 +56,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
 
     from falcon_fast.hardware.host_memory import keep_host_memory
     from falcon_fast.profiling import lines, profile
-    from falcon_fast.training.processes import join
+    from falcon_fast.training.distributed.processes import join
     from falcon_fast.training.run import prepare
 
     training = config.training

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.training.processes import Processes
+from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.run import Run, prepare
 
 

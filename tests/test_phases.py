@@ -125,7 +125,7 @@ def test_percentiles_are_of_the_values():
 def _ddp(rank, world):
     import torch.distributed as dist
 
-    from falcon_fast.training.processes import Processes
+    from falcon_fast.training.distributed.processes import Processes
 
     control = dist.new_group(backend="gloo")
     run = prepared(Processes(rank, world, rank, dist.group.WORLD, control, 60, "ddp"))

@@ -7,7 +7,7 @@ from PIL import Image
 from rich.console import Console
 
 from falcon_fast.evaluation.report import plot_curves, result_tables
-from falcon_fast.training.console import MetricsFile
+from falcon_fast.training.records.metrics_file import MetricsFile
 
 CHECK = {"value": 1.25, "threshold": 0.5, "ok": True, "backbone_value": None, "explanation": ""}
 BAD = {"value": 0.1, "threshold": 0.5, "ok": False, "backbone_value": 0.25, "explanation": ""}

@@ -1,7 +1,7 @@
 """A run directory: made empty, filled by training, and never left with a half-written file.
 
 config.toml            the resolved configuration
-metrics.csv            a row a logged step (columns: falcon_fast/training/console.py)
+metrics.csv            a row a logged step (columns: falcon_fast/training/records/console.py)
 tensorboard/           the same rows as events, for `tensorboard --logdir RUN` (log.tensorboard)
 checkpoints/           the newest complete checkpoints
 result.json            the figures of the final evaluation
@@ -23,7 +23,7 @@ from falcon_fast.config import Config, dump_config, load_config
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.lock import NAME as LOCK
 from falcon_fast.runs.lock import RunLock
-from falcon_fast.training import checkpoint
+from falcon_fast.training.checkpoints import checkpoint
 
 
 def create_run_directory(path: Path, config: Config, again: bool = False, lock: RunLock | None = None) -> None:

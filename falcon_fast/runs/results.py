@@ -23,8 +23,8 @@ from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.runs.directory import write_json
-from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.run import Run
 
 

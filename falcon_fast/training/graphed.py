@@ -120,23 +120,6 @@ class GraphedStep:
         return self._step(inputs)
 
 
-def stepper(
-    learner: Learner,
-    views_of: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]],
-    device: torch.device,
-    cuda_graph: bool,
-) -> Callable[[Any, float, bool], StepMetrics]:
-    """A function (inputs, lr_scale, measure_norm) that takes a step of the loop: as a CUDA graph, or kernel by kernel."""
-    if cuda_graph:
-        graphed = GraphedStep(learner, views_of, device)
-        return lambda inputs, lr_scale, measure_norm: graphed(inputs, lr_scale)
-
-    def step(inputs: Any, lr_scale: float, measure_norm: bool) -> StepMetrics:
-        return training_step(learner, *views_of(inputs), lr_scale, measure_norm)
-
-    return step
-
-
 def capture(function: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
     """`function` recorded on `stream` without being executed; what is returned executes the record."""
     graph = torch.cuda.CUDAGraph()

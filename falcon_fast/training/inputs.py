@@ -11,7 +11,7 @@ import torch
 from falcon_fast.data.loaders.choose import training_inputs
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.views.photometric_stage import Photometric, photometric_stage
-from falcon_fast.training.processes import Processes
+from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.run import Run
 
 

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 from falcon_fast.hardware.peaks import synchronize
-from falcon_fast.training.graphed import stepper
+from falcon_fast.training.distributed.parallel import gradient_sync
 from falcon_fast.training.inputs import Feed
-from falcon_fast.training.parallel import gradient_sync
 from falcon_fast.training.run import Run
 from falcon_fast.training.step import Learner, training_step
+from falcon_fast.training.stepper import stepper
 
 WARM_UP = 5  # steps; compilation ends with the second, the loader's queue is by then as full as it will be
 EXTRA = 10  # steps of a kind, for the time of the host and of communication

@@ -29,13 +29,13 @@ from falcon_fast.models.network import FalconNetwork, build_codes, build_criteri
 from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.frozen_start import frozen_start
-from falcon_fast.training import checkpoint
 from falcon_fast.training.averaging import WeightAverage
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.compiled import compile_blocks, compiled_network, compiled_objective
+from falcon_fast.training.distributed.parallel import average_buffers, data_parallel, gather, shard
+from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.parallel import average_buffers, data_parallel, gather, shard
-from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner
 
 # The first checkpoints do not have them.

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from falcon_fast.objective import FalconLoss
 from falcon_fast.training.averaging import WeightAverage
-from falcon_fast.training.parallel import gradient_sync
+from falcon_fast.training.distributed.parallel import gradient_sync
 
 
 @dataclass

@@ -15,17 +15,17 @@ from falcon_fast.errors import TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.models.network import FalconNetwork
-from falcon_fast.training import checkpoint
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.compiled import compiler_failures
-from falcon_fast.training.console import TrainingDisplay
-from falcon_fast.training.graphed import stepper
+from falcon_fast.training.distributed.processes import StopAgreement, lost_peers
+from falcon_fast.training.distributed.signals import stop_requests
 from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of, share_bad
-from falcon_fast.training.logs import RunLog, Throughput, metrics_row
 from falcon_fast.training.memory import out_of_memory
 from falcon_fast.training.optimizer import learning_rate
-from falcon_fast.training.processes import StopAgreement, lost_peers
+from falcon_fast.training.records.console import TrainingDisplay
+from falcon_fast.training.records.logs import RunLog, Throughput, metrics_row
 from falcon_fast.training.run import Run, seed_process
-from falcon_fast.training.signals import stop_requests
+from falcon_fast.training.stepper import stepper
 
 NEVER = 2**62  # a step that does not come
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from falcon_fast.training import checkpoint
+from falcon_fast.training.checkpoints import checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--batch-size", "96", "--seed", "1"]

@@ -22,7 +22,8 @@ from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import checkpoint, graphed, trainer
+from falcon_fast.training import graphed, trainer
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
 
 from ..images import CPU, damage, joined, same, smooth

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from falcon_fast.errors import TrainingError, UsageError
-from falcon_fast.training.processes import Processes
-from falcon_fast.training.storage import Reader, Writer
+from falcon_fast.training.checkpoints.storage import Reader, Writer
+from falcon_fast.training.distributed.processes import Processes
 
 FORMAT = 1  # raised when an older reader would misread
 PREFIX = "step-"

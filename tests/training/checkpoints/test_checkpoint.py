@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from falcon_fast.config import OptimizerConfig
 from falcon_fast.errors import TrainingError, UsageError
-from falcon_fast.training import checkpoint, storage
+from falcon_fast.training.checkpoints import checkpoint, storage
+from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.processes import Processes
 
-from .processes import in_processes
+from ...processes import in_processes
 
 
 def trained(name: str = "adamw", steps: int = 3):

@@ -15,7 +15,7 @@ import torch
 from falcon_fast.hardware.flops import step_flops
 from falcon_fast.hardware.peaks import known_rate
 from falcon_fast.models.network import build_network
-from falcon_fast.training.console import MetricsFile
+from falcon_fast.training.records.metrics_file import MetricsFile
 from falcon_fast.training.run import Run
 from falcon_fast.training.step import StepMetrics
 

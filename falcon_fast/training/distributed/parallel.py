@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from falcon_fast.config import FsdpConfig
 from falcon_fast.models.network import FalconNetwork, blocks_of
-from falcon_fast.training.processes import Processes
+from falcon_fast.training.distributed.processes import Processes
 
 # The option's name changed, and the old one now warns.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters

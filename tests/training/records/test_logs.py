@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import graphed, logs, trainer
+from falcon_fast.training import graphed, trainer
+from falcon_fast.training.records import logs
 from falcon_fast.training.run import Run, prepare, restore
 
 TINY = {

@@ -29,12 +29,14 @@ from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import checkpoint, parallel, trainer
-from falcon_fast.training.processes import Processes, StopAgreement, join, lost_peers, speaks
+from falcon_fast.training import trainer
+from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.distributed import parallel
+from falcon_fast.training.distributed.processes import Processes, StopAgreement, join, lost_peers, speaks
 from falcon_fast.training.run import Run, _build, prepare, restore
 from falcon_fast.training.step import training_step
 
-from .processes import exact_run, in_processes
+from ...processes import exact_run, in_processes
 
 SETTINGS = {
     "model.width": 4,

@@ -17,11 +17,11 @@ from falcon_fast.config import OptimizerConfig
 from falcon_fast.errors import UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import FalconNetwork, ResNet8
+from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.processes import Processes
 from falcon_fast.training.step import Learner, gradient, objective, training_step
 
-from .processes import exact_run, in_processes
+from ..processes import exact_run, in_processes
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import io
 
 from rich.console import Console
 
-from falcon_fast.training.console import COLUMNS, TIMINGS, MetricsFile, TrainingDisplay
+from falcon_fast.training.records.console import TrainingDisplay
+from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS, MetricsFile
 
 ROW = {
     "step": 10,

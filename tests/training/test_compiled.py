@@ -15,7 +15,8 @@ from falcon_fast.data.loaders.choose import training_batches
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import checkpoint, compiled, trainer
+from falcon_fast.training import compiled, trainer
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.run import prepare, restore
 from falcon_fast.training.step import training_step
 

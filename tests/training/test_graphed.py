@@ -17,8 +17,9 @@ from falcon_fast.errors import UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import FalconNetwork, ResNet8
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import checkpoint, graphed, trainer
+from falcon_fast.training import graphed, trainer
 from falcon_fast.training.averaging import WeightAverage
+from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.graphed import WARM_UP, GraphedStep
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.run import prepare, restore

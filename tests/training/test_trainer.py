@@ -20,8 +20,10 @@ from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.hardware import precision
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.runs.results import load_trained
-from falcon_fast.training import checkpoint, graphed, signals, trainer
-from falcon_fast.training.console import COLUMNS, TIMINGS
+from falcon_fast.training import graphed, trainer
+from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.distributed import signals
+from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS
 from falcon_fast.training.run import Run, prepare, restore
 
 TINY = {

@@ -1,0 +1,1 @@
+"""Checkpoints: what a run needs to continue, saved while training goes on."""
