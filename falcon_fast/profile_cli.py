@@ -55,7 +55,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from rich.console import Console
 
     from falcon_fast.hardware.host_memory import keep_host_memory
-    from falcon_fast.profiling import lines, profile
+    from falcon_fast.profiling.measure import lines, profile
     from falcon_fast.training.distributed.processes import join
     from falcon_fast.training.run import prepare
 
@@ -91,7 +91,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
 def _predict(config: Config, gpu: str, gpus: int, as_json: bool) -> None:
     from rich.console import Console
 
-    from falcon_fast.prediction import predict
+    from falcon_fast.profiling.prediction import predict
 
     found = predict(config, gpu, gpus)
     head = facts(config, found.size)
@@ -104,7 +104,9 @@ def _predict(config: Config, gpu: str, gpus: int, as_json: bool) -> None:
         console.print(line, soft_wrap=True)
 
     place = found.gpu if gpus == 1 else f"{gpus} {found.gpu}"
-    say(f"{described(head)} predicted on {place}, with no time for loading; estimates: falcon_fast/prediction.py")
+    say(
+        f"{described(head)} predicted on {place}, with no time for loading; estimates: falcon_fast/profiling/prediction.py"
+    )
     console.print(table(found.phases))
     say(
         f"{found.images / found.step:,.0f} images/s, {1e3 * found.step:.2f} ms a step, MFU {found.mfu:.1%}; about "

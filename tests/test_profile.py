@@ -11,7 +11,7 @@ import pytest
 
 from falcon_fast import cli
 from falcon_fast.errors import TrainingError
-from falcon_fast.training import phases
+from falcon_fast.profiling import phases
 
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--batch-size", "16", "--steps", "4"]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.training import phases
+from falcon_fast.profiling import phases
 from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of
 from falcon_fast.training.run import Run, prepare
 
-from .processes import in_processes
+from ..processes import in_processes
 
 TINY = {"model.width": 4, "loss.embedding_dim": 32, "loss.num_codes": 64, "training.batch_size": 16}
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from falcon_fast.diagnosis import Circumstances, Diagnosis, diagnose
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware import peaks
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.flops import StepFlops, step_flops
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_network
-from falcon_fast.roofline import Bound, Rates, trace
-from falcon_fast.training import phases
+from falcon_fast.profiling import phases
+from falcon_fast.profiling.diagnosis import Circumstances, Diagnosis, diagnose
+from falcon_fast.profiling.roofline import Bound, Rates, trace
 from falcon_fast.training.compiled import compiler_failures
 from falcon_fast.training.distributed.processes import lost_peers
 from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of

@@ -9,7 +9,7 @@ from torch import nn
 from falcon_fast.config import load_recipe
 from falcon_fast.hardware.flops import network_flops
 from falcon_fast.models.network import build_network
-from falcon_fast.roofline import Bound, Operator, Rates, fused, trace
+from falcon_fast.profiling.roofline import Bound, Operator, Rates, fused, trace
 
 
 class Small(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from falcon_fast.diagnosis import Circumstances, diagnose
-from falcon_fast.roofline import Bound
+from falcon_fast.profiling.diagnosis import Circumstances, diagnose
+from falcon_fast.profiling.roofline import Bound
 
 STEP = {"data": 0.0, "photometric": 0.05, "forward": 0.3, "loss": 0.1, "backward": 0.5, "optimizer": 0.05}  # a second
 CPU = Circumstances(

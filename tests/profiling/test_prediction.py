@@ -9,13 +9,13 @@ import math
 import pytest
 import torch
 
-from falcon_fast import prediction
 from falcon_fast.config import Config, load_recipe, override, recipe_names, validate
 from falcon_fast.errors import UsageError
 from falcon_fast.models.network import build_network
 from falcon_fast.objective.planner import DEVICES
-from falcon_fast.prediction import predict
-from falcon_fast.roofline import fused, trace
+from falcon_fast.profiling import prediction
+from falcon_fast.profiling.prediction import predict
+from falcon_fast.profiling.roofline import fused, trace
 
 
 @pytest.fixture(autouse=True)

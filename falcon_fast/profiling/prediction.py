@@ -32,7 +32,7 @@ from falcon_fast.hardware.peaks import known_peak
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_network
 from falcon_fast.objective import planner
-from falcon_fast.roofline import Rates, fused, trace
+from falcon_fast.profiling.roofline import Rates, fused, trace
 
 PRODUCT, CONVOLUTION, BANDWIDTH = 0.8, 0.5, 0.8
 CALL, COMPILED_CALL = 8e-6, 2e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from falcon_fast.roofline import Bound
+from falcon_fast.profiling.roofline import Bound
 
 WAITING = 0.2  # of a step: below that, doing away with it altogether gains less than a quarter
 ISSUING = 0.9  # of a step that the host takes to issue it: the device then waits for the host
