@@ -33,8 +33,8 @@ class StandIn:
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     driver.set_active(StandIn())
-from falcon_fast.kernels.gpu import expand, logits  # noqa: E402
 from falcon_fast.kernels.gpu.launch import launch  # noqa: E402
+from falcon_fast.kernels.gpu.loss import expand, logits  # noqa: E402
 from falcon_fast.kernels.gpu.support import INTERPRETING  # noqa: E402
 
 CALLS, ROUNDS = 200, 15

@@ -2,7 +2,7 @@
 
 A data sheet's rate is of dense products in a dtype with accumulation in float32, at clocks that a long product does not hold:
 a library's matrix product reaches 0.7 to 0.9 of it, which `measure` shows. What the loss's cost model reckons with is what is
-reached (`kernels/gpu/cost.py`), not this.
+reached (`kernels/gpu/loss/cost.py`), not this.
 """
 
 from __future__ import annotations

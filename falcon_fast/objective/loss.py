@@ -60,7 +60,7 @@ def falcon_loss(
             every process bringing N rows; the gradient is then right after the usual mean over processes.
         implementation: `auto`, the fastest for the device; or a name, as `falcon-fast info` lists them. `reference` is
             the eager mathematics, and what `auto` takes for float64 and for GPUs older than sm_80. `cpu` (`kernels/cpu/loss.py`)
-            and `triton` (`kernels/gpu/loss.py`) form the gradient in the forward pass and never hold the N x c matrices.
+            and `triton` (`kernels/gpu/loss/loss.py`) form the gradient in the forward pass and never hold the N x c matrices.
         plan: what those two do with the N x c logits of a dense dictionary: `stored` keeps them once, in 2 bytes; `streaming`
             forms them anew in each of three sweeps (twice the arithmetic, no N x c memory at all); `auto` stores where the
             budget allows. Hadamard codes are always streamed. The reference takes `auto` only.
@@ -88,7 +88,7 @@ def falcon_loss(
         dictionary = Dictionary(codes.words, codes.f, codes.c, hadamard)
         return FalconLossOutput(*cpu_loss(h1, h2, dictionary, Objective(tau, beta, prior, group), plan, memory_budget))
     if implementation == "triton":
-        from falcon_fast.kernels.gpu.operator import triton_loss
+        from falcon_fast.kernels.gpu.loss.operator import triton_loss
 
         return FalconLossOutput(
             *triton_loss(h1, h2, codes.words, codes.c, hadamard, tau, beta, prior, group, plan, memory_budget)

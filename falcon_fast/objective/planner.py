@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from falcon_fast.kernels.gpu.cost import DEVICES, Candidate, Device, candidates, choose, nearest_device
-from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET
+from falcon_fast.kernels.gpu.loss.cost import DEVICES, Candidate, Device, candidates, choose, nearest_device
+from falcon_fast.kernels.gpu.loss.plan import DEFAULT_BUDGET
 
 __all__ = [
     "DEVICES",

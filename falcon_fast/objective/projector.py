@@ -29,7 +29,7 @@ class FalconProjector(nn.Module):
             there anyway). Their gradient is float16 too, and needs a GradScaler. Never bfloat16: its embeddings alone
             cost 5e-3 to 2e-2 of relative gradient error in the loss, more the sharper the softmax.
         implementation: `torch`, layer by layer; `triton`, all that follows the linear product in two or three kernels, and its
-            gradient likewise, keeping only the product (`kernels/gpu/projector.py`); `auto`, `triton` on GPUs from sm_80 on.
+            gradient likewise, keeping only the product (`kernels/gpu/projector/`); `auto`, `triton` on GPUs from sm_80 on.
 
     `forward` takes features (N, in_features) of any float dtype and returns embeddings (N, f) in `output_dtype`, under autocast
     too. `torch` computes in float32 throughout. `triton` multiplies in float32 or, under autocast, in its dtype on the tensor
@@ -106,7 +106,7 @@ class FalconProjector(nn.Module):
         return None
 
     def _triton(self, features: torch.Tensor) -> torch.Tensor:
-        from falcon_fast.kernels.gpu.projector_operator import Averages, triton_projector
+        from falcon_fast.kernels.gpu.projector.operator import Averages, triton_projector
 
         norm, device = self.norm, features.device.type
         averages = None

@@ -1,7 +1,7 @@
 """The step of a configuration on a GPU that need not be there, with data that need not either: a model, not a measurement.
 
-The network is its operators one after the other (`roofline`), the loss its planner's cost model (`kernels/gpu/cost.py`), whose
-devices' rates are used for both. What is added to a roofline are estimates, few and round:
+The network is its operators one after the other (`roofline`), the loss its planner's cost model
+(`kernels/gpu/loss/cost.py`), whose devices' rates are used for both. What is added to a roofline are estimates, few and round:
 
 - an operator's product reaches PRODUCT of the rate of a large square one, a convolution CONVOLUTION, traffic BANDWIDTH of a plain
   copy's. Set beside published training throughputs in 16 bits, one image where we have two views: ResNet-50 at 224 px on A100

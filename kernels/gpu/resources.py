@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
-from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
-from falcon_fast.kernels.gpu.crops import crop_views
-from falcon_fast.kernels.gpu.gradient import combine
 from falcon_fast.kernels.gpu.launch import Launch, compile_ahead, recording
-from falcon_fast.kernels.gpu.loss import falcon_loss_parts
-from falcon_fast.kernels.gpu.projector import gradients, normalise
+from falcon_fast.kernels.gpu.loss.gradient import combine
+from falcon_fast.kernels.gpu.loss.loss import falcon_loss_parts
+from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statistics, running_statistics
+from falcon_fast.kernels.gpu.projector.projector import gradients, normalise
+from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
+from falcon_fast.kernels.gpu.views.crops import crop_views
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ programming guide

@@ -5,7 +5,7 @@ import torch
 
 from falcon_fast.hardware import peaks
 from falcon_fast.hardware.precision import Precision
-from falcon_fast.kernels.gpu.cost import DEVICES
+from falcon_fast.kernels.gpu.loss.cost import DEVICES
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from falcon_fast import RademacherCodes, temperature
-from falcon_fast.kernels.gpu.cost import nearest_device
+from falcon_fast.kernels.gpu.loss.cost import nearest_device
 from falcon_fast.objective.frozen_start import frozen_start, start
 from falcon_fast.objective.planner import DEVICES, candidates, choose, explain
 

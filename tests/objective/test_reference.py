@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +13,7 @@ from hypothesis import strategies as st
 from falcon_fast import RademacherCodes, falcon_loss, temperature
 from falcon_fast.objective.reference import PEAK_COPIES, log_mean_assignment, prior_term, reference_loss
 
-GOLDEN = [
-    "flat_reverse",
-    "odd_shapes_reverse",
-    "same_views_reverse",
-    "saturated_forward",
-    "saturated_reverse",
-    "smooth_beta_reverse",
-    "smooth_forward",
-    "smooth_reverse",
-]
+from ..vectors import GOLDEN, golden_vectors
 
 
 def random_case(seed: int, n: int, f: int, c: int, scale: float = 1.0):
@@ -40,9 +30,13 @@ def relative(a, b) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def test_all_golden_vectors_are_here():
+    assert len(GOLDEN) == 8
+
+
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_vectors(shared: Path, name: str):
-    case = np.load(shared / "golden" / f"{name}.npz")
+def test_golden_vectors(name: str):
+    case = golden_vectors(name)
     codes = RademacherCodes.from_dense(torch.from_numpy(case["codes"]))
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         h1, h2 = (torch.from_numpy(case[k]).to(dtype).requires_grad_() for k in ("h1", "h2"))

@@ -19,7 +19,7 @@ import torch
 
 from falcon_fast.training.checkpoints import checkpoint
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--batch-size", "96", "--seed", "1"]
 OFTEN = ["--set", "log.every_steps=1", "--set", "log.evaluate_epochs=0", "--set", "checkpoint.every_steps=2"]
 COLUMNS = ("step", "loss", "prior", "invariance", "codes_used", "lr", "probe_train_accuracy")

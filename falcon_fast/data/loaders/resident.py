@@ -35,7 +35,7 @@ from falcon_fast.kernels.cpu.views import resize_crops
 
 def kernel_differs(pixels: torch.Tensor, size: int) -> str | None:
     """In what the Triton kernel fails at some crops of these images (N, H, W, 3) that `crop` makes; None where it does not."""
-    from falcon_fast.kernels.gpu.crops import crop_views
+    from falcon_fast.kernels.gpu.views.crops import crop_views
 
     height, width = pixels.shape[1:3]
     whole = torch.tensor([0, 0, height, width])
@@ -154,7 +154,7 @@ class ResidentImages:
             rows = [self.host[index] for index in indices.tolist()]
             return resize_crops(rows, geometry.numpy(), flips.numpy(), self.size).permute(0, 3, 1, 2)
         if self.by_kernel:
-            from falcon_fast.kernels.gpu.crops import crop_views
+            from falcon_fast.kernels.gpu.views.crops import crop_views
 
             return crop_views(self.pixels, indices, geometry.flatten(0, 1), flips.flatten(), self.size).permute(
                 0, 3, 1, 2

@@ -3,7 +3,7 @@
 The arithmetic is torchvision v2's on float images in [0, 1], with parameters per image and no loop over images, no
 branch on data and no wait for the device. Which stages it has depends on the recipe alone. This is the reference;
 `stage` says which faster implementation of the same arithmetic a run uses: C++ (kernels/cpu/view.hpp), `fused` for a compiler,
-or Triton (kernels/gpu/augmentation.py).
+or Triton (kernels/gpu/views/augmentation.py).
 
 **Random order without branches.** Brightness, contrast and saturation are one form,
 

@@ -114,7 +114,7 @@ def compiled_stage(augmentation: Augmentation) -> Photometric:
 
 def triton_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
     """`photometric.augment` in Triton: (N, 3, H, W) in `dtype`, channels_last, in one launch to three."""
-    from falcon_fast.kernels.gpu.augmentation import Recipe, augment_views
+    from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
 
     a = augmentation
     jitter = a.jitter_probability > 0

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from falcon_fast.kernels.gpu.columns import ColumnState, Scales, prior_gradient
-from falcon_fast.kernels.gpu.expand import expand_codes
 from falcon_fast.kernels.gpu.launch import ceil_div, launch, multiply
-from falcon_fast.kernels.gpu.plan import TILE, ProductTiles
-from falcon_fast.kernels.gpu.rows import RowState
+from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, prior_gradient
+from falcon_fast.kernels.gpu.loss.expand import expand_codes
+from falcon_fast.kernels.gpu.loss.plan import TILE, ProductTiles
+from falcon_fast.kernels.gpu.loss.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2, expand_signs, feature_of
 
 DZ_ROWS = 32

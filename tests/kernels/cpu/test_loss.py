@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,8 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 from falcon_fast.kernels import cpu_extension
 from falcon_fast.kernels.cpu import sweeps
 from falcon_fast.kernels.cpu.plan import dense_plan, hadamard_plan, own_products
+
+from ...vectors import GOLDEN, golden_vectors
 
 LEVELS = ["torch", *(cpu_extension.levels() if cpu_extension else ())]
 
@@ -62,13 +63,10 @@ def assert_close_to_reference(h1, h2, codes, tau, tolerance=1e-3, **options):
     return out, expected
 
 
-GOLDEN = sorted(path.stem for path in (Path(__file__).parents[2] / "shared" / "golden").glob("*.npz"))
-
-
 @pytest.mark.parametrize("plan", ["stored", "streaming"])
-@pytest.mark.parametrize("name", GOLDEN or ["absent"])
-def test_golden_vectors(shared: Path, level, name: str, plan: str):
-    case = np.load(shared / "golden" / f"{name}.npz")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_vectors(level, name: str, plan: str):
+    case = golden_vectors(name)
     codes = RademacherCodes.from_dense(torch.from_numpy(case["codes"]))
     h1, h2 = (torch.from_numpy(case[k]).float() for k in ("h1", "h2"))
     options = {"beta": float(case["beta"]), "prior": str(case["prior"]), "plan": plan, "implementation": "cpu"}

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,11 @@ from falcon_fast.models.batchnorm import per_view_batchnorm, sync_batchnorm
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import batchnorm, projector, resources
+from falcon_fast.kernels.gpu import resources
+from falcon_fast.kernels.gpu.projector import batchnorm, projector
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PACKAGE = Path(projector.__file__).parent
+PACKAGE = Path(projector.__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -328,7 +330,7 @@ def test_bad_input() -> None:
 
 @pytest.mark.parametrize("row_norm", [None, 2.0])
 def test_opcheck(row_norm) -> None:
-    from falcon_fast.kernels.gpu import projector_operator as operator
+    from falcon_fast.kernels.gpu.projector import operator
 
     module = make(3, 6)
     features = torch.randn(8, 3, device=DEVICE, requires_grad=True)
@@ -585,17 +587,17 @@ def test_smooth_case_is_right(split, monkeypatch, merged) -> None:
 def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
     file, right, wrong = MUTANTS[name]
     package = f"projector_mutant_{list(MUTANTS).index(name)}"
-    (tmp_path / package).mkdir()
-    for path in PACKAGE.glob("*.py"):
+    shutil.copytree(PACKAGE, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (tmp_path / package).rglob("*.py"):
         source = path.read_text()
         if path.name == file:
             assert right in source
             source = source.replace(right, wrong)
-        (tmp_path / package / path.name).write_text(source.replace("falcon_fast.kernels.gpu", package))
+        path.write_text(source.replace("falcon_fast.kernels.gpu", package))
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
         mutant, its_projector = (
-            importlib.import_module(f"{package}.{module}") for module in ("batchnorm", "projector")
+            importlib.import_module(f"{package}.projector.{module}") for module in ("batchnorm", "projector")
         )
         monkeypatch.setattr(mutant, "MOST_ROWS_AT_ONCE", 0 if name.startswith(("parts", "rows")) else 512)
         monkeypatch.setattr(mutant, "SHORTEST_SPLIT", 32)

@@ -17,11 +17,13 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 
 pytest.importorskip("triton")
 
-from falcon_fast.kernels.gpu import columns, gradient, launch, logits, loss, plan, transform, tuning
+from falcon_fast.kernels.gpu import launch
+from falcon_fast.kernels.gpu.loss import columns, gradient, logits, loss, plan, transform, tuning
+
+from ....vectors import GOLDEN, golden_vectors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PACKAGE = Path(loss.__file__).parent
-GOLDEN = sorted(path.stem for path in (Path(__file__).parents[2] / "shared" / "golden").glob("*.npz"))
+PACKAGE = Path(launch.__file__).parent
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # inf - inf where the kernels mean it
 
@@ -72,9 +74,9 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("stored", [True, False])
-@pytest.mark.parametrize("name", GOLDEN or ["absent"])
-def test_golden_vectors(shared: Path, poisoned, name: str, stored: bool) -> None:
-    case = np.load(shared / "golden" / f"{name}.npz")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_vectors(poisoned, name: str, stored: bool) -> None:
+    case = golden_vectors(name)
     codes = RademacherCodes.from_dense(torch.from_numpy(case["codes"])).to(DEVICE)
     h1, h2 = (torch.from_numpy(case[k]).float().to(DEVICE) for k in ("h1", "h2"))
     options = {"beta": float(case["beta"]), "prior": str(case["prior"]), "plan": "stored" if stored else "streaming"}
@@ -297,7 +299,7 @@ def test_terms_and_options_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("is_hadamard", [False, True])
 def test_opcheck(is_hadamard) -> None:
-    from falcon_fast.kernels.gpu.operator import gradient_op, loss_op
+    from falcon_fast.kernels.gpu.loss.operator import gradient_op, loss_op
 
     codes = (HadamardCodes if is_hadamard else RademacherCodes)(32, 64).to(DEVICE)
     h1, h2 = (h.requires_grad_() for h in embeddings(4, 32))
@@ -502,7 +504,7 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
     file, right, wrong = MUTANTS[name]
     package = f"mutant_{list(MUTANTS).index(name)}"
     shutil.copytree(PACKAGE, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (tmp_path / package).glob("*.py"):
+    for path in (tmp_path / package).rglob("*.py"):
         source = path.read_text()
         if path.name == file:
             assert right in source
@@ -510,7 +512,7 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
         path.write_text(source.replace("falcon_fast.kernels.gpu", package))
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        mutant, its_gradient = (importlib.import_module(f"{package}.{module}") for module in ("loss", "gradient"))
+        mutant, its_gradient = (importlib.import_module(f"{package}.loss.{module}") for module in ("loss", "gradient"))
         errors = smooth_case(mutant, its_gradient, file in ("hadamard.py", "transform.py"))
         assert not all(error < 3e-3 for error in errors), errors
     finally:

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
-from falcon_fast.kernels.gpu.plan import TILE
-from falcon_fast.kernels.gpu.rows import RowState
+from falcon_fast.kernels.gpu.loss.plan import TILE
+from falcon_fast.kernels.gpu.loss.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2
 
 BLOCK = 4096  # logits at a time

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
-from falcon_fast.kernels.gpu.logits import TileStatistics
+from falcon_fast.kernels.gpu.loss.logits import TileStatistics
 
 MERGED_ROWS = 8
 MERGED_TILES = 64

@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from falcon_fast.kernels.gpu.expand import expand_codes
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
-from falcon_fast.kernels.gpu.plan import EXPANDED_CODES, TILE, LogitsTiles
+from falcon_fast.kernels.gpu.loss.expand import expand_codes
+from falcon_fast.kernels.gpu.loss.plan import EXPANDED_CODES, TILE, LogitsTiles
 from falcon_fast.kernels.gpu.tiles import ABSENT, expand_signs, not_below, split_views
 
 

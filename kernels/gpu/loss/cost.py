@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from falcon_fast.kernels.gpu.plan import DEFAULT_BUDGET, EXPANDED_CODES, dense_plan, hadamard_plan, hadamard_served
+from falcon_fast.kernels.gpu.loss.plan import DEFAULT_BUDGET, EXPANDED_CODES, dense_plan, hadamard_plan, hadamard_served
 
 # Of the library's rate: signs are expanded between two products, not beside them (270 TFLOP/s for 1024 images; 239 for 64 images'
 # logits, but 83 for their dZ W^T, before its blocks were halved to give every processor work).

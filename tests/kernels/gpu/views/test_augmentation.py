@@ -22,9 +22,10 @@ from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.views.photometric import augment, normalize, to_tensors
 from falcon_fast.data.views.photometric_stage import photometric_stage, triton_stage
 from falcon_fast.errors import UsageError
-from falcon_fast.kernels.gpu import augmentation, resources
+from falcon_fast.kernels.gpu import resources
+from falcon_fast.kernels.gpu.views import augmentation
 
-from .data.views.test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
+from ....data.views.test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS_LAST = torch.channels_last

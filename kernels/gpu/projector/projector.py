@@ -18,8 +18,8 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from falcon_fast.kernels.gpu.batchnorm import SPLIT_COLUMNS, SPLIT_ROWS, row_splits
 from falcon_fast.kernels.gpu.launch import ceil_div, device_facts, launch, multiply
+from falcon_fast.kernels.gpu.projector.batchnorm import SPLIT_COLUMNS, SPLIT_ROWS, row_splits
 from falcon_fast.kernels.gpu.support import INTERPRETING
 from falcon_fast.kernels.gpu.tiles import LOG2_E
 

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from falcon_fast.kernels.gpu.columns import ColumnState, Scales
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
-from falcon_fast.kernels.gpu.rows import RowState
+from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales
+from falcon_fast.kernels.gpu.loss.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2, paired_row
 
 FINISHED_ROWS = 16

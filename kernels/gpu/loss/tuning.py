@@ -11,10 +11,10 @@ import statistics
 
 import torch
 
-from falcon_fast.kernels.gpu.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.launch import Facts
-from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
-from falcon_fast.kernels.gpu.plan import EXPANDED_CODES, TILE, LogitsTiles, ceil_to, logits_tiles
+from falcon_fast.kernels.gpu.loss.embeddings import cast_embeddings
+from falcon_fast.kernels.gpu.loss.logits import TileStatistics, dense_logits
+from falcon_fast.kernels.gpu.loss.plan import EXPANDED_CODES, TILE, LogitsTiles, ceil_to, logits_tiles
 
 TUNING = os.environ.get("FALCON_FAST_TUNE", "0") not in ("0", "")
 MOST_CODES = 65536  # of a trial

@@ -16,15 +16,15 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from falcon_fast.kernels.gpu import hadamard, transform, tuning
-from falcon_fast.kernels.gpu.columns import ColumnState, Scales, columns, count_used, log_sum_over
-from falcon_fast.kernels.gpu.cost import choose, nearest_device
-from falcon_fast.kernels.gpu.embeddings import cast_embeddings
-from falcon_fast.kernels.gpu.finish import Parts, Readings, finish
-from falcon_fast.kernels.gpu.gradient import dz_in_place, library_product, packed_product
 from falcon_fast.kernels.gpu.launch import device_facts
-from falcon_fast.kernels.gpu.logits import TileStatistics, dense_logits
-from falcon_fast.kernels.gpu.plan import (
+from falcon_fast.kernels.gpu.loss import hadamard, transform, tuning
+from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, columns, count_used, log_sum_over
+from falcon_fast.kernels.gpu.loss.cost import choose, nearest_device
+from falcon_fast.kernels.gpu.loss.embeddings import cast_embeddings
+from falcon_fast.kernels.gpu.loss.finish import Parts, Readings, finish
+from falcon_fast.kernels.gpu.loss.gradient import dz_in_place, library_product, packed_product
+from falcon_fast.kernels.gpu.loss.logits import TileStatistics, dense_logits
+from falcon_fast.kernels.gpu.loss.plan import (
     EXPANDED_CODES,
     TILE,
     DensePlan,
@@ -35,7 +35,7 @@ from falcon_fast.kernels.gpu.plan import (
     hadamard_plan,
     hadamard_served,
 )
-from falcon_fast.kernels.gpu.rows import RowState, merge_rows
+from falcon_fast.kernels.gpu.loss.rows import RowState, merge_rows
 from falcon_fast.kernels.gpu.support import INTERPRETING
 
 # Units that the largest |dZ| of a row may take: fp16 ends at 65504.

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from falcon_fast.kernels.gpu.batchnorm import Averages, batch_statistics, running_statistics
-from falcon_fast.kernels.gpu.projector import gradients, normalise, product
+from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statistics, running_statistics
+from falcon_fast.kernels.gpu.projector.projector import gradients, normalise, product
 
 __all__ = ["Averages", "triton_projector"]
 

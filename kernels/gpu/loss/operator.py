@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from falcon_fast.kernels.gpu.gradient import combine
-from falcon_fast.kernels.gpu.loss import falcon_loss_parts, parts_shape
+from falcon_fast.kernels.gpu.loss.gradient import combine
+from falcon_fast.kernels.gpu.loss.loss import falcon_loss_parts, parts_shape
 
 __all__ = ["triton_loss"]
 

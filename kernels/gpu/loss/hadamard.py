@@ -7,7 +7,8 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from falcon_fast.kernels.gpu.columns import (
+from falcon_fast.kernels.gpu.launch import ceil_div, launch
+from falcon_fast.kernels.gpu.loss.columns import (
     ColumnState,
     Scales,
     accumulated,
@@ -16,15 +17,14 @@ from falcon_fast.kernels.gpu.columns import (
     prior_gradient,
     prior_of,
 )
-from falcon_fast.kernels.gpu.embeddings import cast_embeddings
-from falcon_fast.kernels.gpu.finish import Parts, Readings, finish
-from falcon_fast.kernels.gpu.gradient import logit_gradients, row_terms
-from falcon_fast.kernels.gpu.launch import ceil_div, launch
-from falcon_fast.kernels.gpu.logits import TileStatistics
-from falcon_fast.kernels.gpu.plan import HadamardPlan
-from falcon_fast.kernels.gpu.rows import RowState, merge_rows
+from falcon_fast.kernels.gpu.loss.embeddings import cast_embeddings
+from falcon_fast.kernels.gpu.loss.finish import Parts, Readings, finish
+from falcon_fast.kernels.gpu.loss.gradient import logit_gradients, row_terms
+from falcon_fast.kernels.gpu.loss.logits import TileStatistics
+from falcon_fast.kernels.gpu.loss.plan import HadamardPlan
+from falcon_fast.kernels.gpu.loss.rows import RowState, merge_rows
+from falcon_fast.kernels.gpu.loss.transform import back, block_flips, flipped_rows, transformed
 from falcon_fast.kernels.gpu.tiles import hadamard_columns, hadamard_matrix
-from falcon_fast.kernels.gpu.transform import back, block_flips, flipped_rows, transformed
 
 # Units that the largest |dZ| of a row may take: the first product of the way back adds up to 64 of them in fp16.
 TARGET = 512.0

@@ -11,7 +11,7 @@ from falcon_fast.data.loaders import resident
 from falcon_fast.data.views.crops import pillow_crop
 
 pytest.importorskip("triton")
-from falcon_fast.kernels.gpu import crops
+from falcon_fast.kernels.gpu.views import crops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

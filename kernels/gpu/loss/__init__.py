@@ -1,0 +1,1 @@
+"""The loss in Triton: one file for each phase, `loss.py` for their order."""

@@ -1,0 +1,1 @@
+"""The projector's BatchNorm, activation and products in Triton."""

@@ -1,0 +1,1 @@
+"""Views in Triton: crops of images that lie on the GPU, and their colours."""
