@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_fast import cli
+from falcon_fast.cli import main as cli
 from falcon_fast.config import DataConfig, load_recipe, override, validate
 from falcon_fast.data.sources import manifest
 from falcon_fast.data.sources.folders import image_paths

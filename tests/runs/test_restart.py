@@ -73,7 +73,7 @@ def _member(rank: int, world: int, port: int, arguments: list[str], log: str) ->
         os.environ[name] = str(value)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    from falcon_fast import cli
+    from falcon_fast.cli import main as cli
     from falcon_fast.runs import results
     from falcon_fast.runs.directory import write_json
 
@@ -88,7 +88,7 @@ def _member(rank: int, world: int, port: int, arguments: list[str], log: str) ->
 
 def launch(world: int, directory: Path, log: Path) -> list:
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs.test_restart", "falcon_fast.training.trainer", "falcon_fast.cli"])
+    context.set_forkserver_preload(["tests.runs.test_restart", "falcon_fast.training.trainer", "falcon_fast.cli.main"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -201,7 +201,7 @@ def test_a_signal_to_torchrun_reaches_the_run(tmp_path, number):
 
 RAISING = """
 import os, sys
-from falcon_fast import cli
+from falcon_fast.cli import main as cli
 from falcon_fast.training import graphed
 step, calls = graphed.training_step, []
 def failing(*arguments):

@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from falcon_fast import cli, config, runs
+from falcon_fast import config, runs
+from falcon_fast.cli import main as cli
 from falcon_fast.training import trainer
 
-from .runs.test_lock import another_run
+from ..runs.test_lock import another_run
 
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--epochs", "2", "--no-amp"]
 

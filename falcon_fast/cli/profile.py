@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from falcon_fast.cli.options import configured, overrides_of, training_options
 from falcon_fast.config import Config
 from falcon_fast.errors import UsageError
-from falcon_fast.options import configured, overrides_of, training_options
 
 
 @click.command()

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
+import click
 import torch
 
 from falcon_fast import __version__
@@ -16,6 +17,13 @@ from falcon_fast.hardware.precision import choose_precision
 from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_triton
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
+
+
+@click.command()
+def info() -> None:
+    """Versions, devices, and which implementations work here."""
+    for line in report():
+        click.echo(line)
 
 
 def report() -> Iterator[str]:

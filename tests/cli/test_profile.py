@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from falcon_fast import cli
+from falcon_fast.cli import main as cli
 from falcon_fast.errors import TrainingError
 from falcon_fast.profiling import phases
 
