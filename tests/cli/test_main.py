@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from falcon_fast import config, runs
 from falcon_fast.cli import main as cli
+from falcon_fast.runs import directory as run_directory
 from falcon_fast.training import trainer
 
 from ..runs.test_lock import another_run
@@ -386,7 +387,7 @@ def test_figures_are_shown_though_they_cannot_be_written(finished, monkeypatch, 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "write_json", full)
+    monkeypatch.setattr(run_directory, "write_json", full)
     code, out, err = falcon_fast("evaluate", finished[0])
     assert code == 1 and "trained by FALCON" in out and "No space left" in err
 

@@ -16,7 +16,7 @@ from falcon_fast.runs.lock import RunLock
 HOLDER = """
 import sys
 from pathlib import Path
-from falcon_fast.lock import RunLock
+from falcon_fast.runs.lock import RunLock
 with RunLock(Path(sys.argv[1])) as lock:
     lock.take()
     print("held", flush=True)

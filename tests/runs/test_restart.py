@@ -202,14 +202,14 @@ def test_a_signal_to_torchrun_reaches_the_run(tmp_path, number):
 RAISING = """
 import os, sys
 from falcon_fast.cli import main as cli
-from falcon_fast.training import graphed
-step, calls = graphed.training_step, []
+from falcon_fast.training import stepper
+step, calls = stepper.training_step, []
 def failing(*arguments):
     calls.append(None)
     if len(calls) == 12 and os.environ["RANK"] == "1":
         raise ZeroDivisionError("only here")
     return step(*arguments)
-graphed.training_step = failing
+stepper.training_step = failing
 cli.main()
 """
 

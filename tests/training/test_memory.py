@@ -14,7 +14,7 @@ from rich.console import Console
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.errors import TrainingError
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import graphed, memory, trainer
+from falcon_fast.training import memory, stepper, trainer
 from falcon_fast.training.run import Run, prepare
 
 TINY = {"model.width": 4, "training.epochs": 1, "checkpoint.every_steps": 2}
@@ -33,7 +33,7 @@ def said(run: Run, error: RuntimeError) -> str:
 
 
 def test_a_step_without_memory_ends_the_run_with_one_line(tmp_path, monkeypatch):
-    step_function, calls = graphed.training_step, []
+    step_function, calls = stepper.training_step, []
 
     def failing(*arguments):
         calls.append(None)
@@ -41,7 +41,7 @@ def test_a_step_without_memory_ends_the_run_with_one_line(tmp_path, monkeypatch)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
         return step_function(*arguments)
 
-    monkeypatch.setattr(graphed, "training_step", failing)
+    monkeypatch.setattr(stepper, "training_step", failing)
     run = prepared()
     create_run_directory(tmp_path / "run", run.config)
     with pytest.raises(TrainingError) as caught:
@@ -101,7 +101,7 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch):
 # In a process of its own: it is for the whole of it.
 FAULTS = """
 import sys, resource, torch
-from falcon_fast.training.memory import keep_host_memory
+from falcon_fast.hardware.host_memory import keep_host_memory
 if sys.argv[1] == "kept":
     if not keep_host_memory(torch.device("cpu")):
         sys.exit(2)

@@ -20,7 +20,7 @@ from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.hardware import precision
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.runs.results import load_trained
-from falcon_fast.training import graphed, trainer
+from falcon_fast.training import stepper, trainer
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.distributed import signals
 from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS
@@ -123,13 +123,13 @@ class Reads(TorchDispatchMode):
     "changes", [{}, {"optimizer__clip_norm": 1.0, "optimizer__ema_decay": 0.9, "training__accumulate": 2}]
 )
 def test_numbers_are_read_where_a_row_is_written_and_nowhere_else(tmp_path, monkeypatch, changes):
-    step_function, calls, run = graphed.training_step, [], start(tmp_path / "run", **changes)
+    step_function, calls, run = stepper.training_step, [], start(tmp_path / "run", **changes)
 
     def counted(*arguments):
         calls.append(None)
         return step_function(*arguments)
 
-    monkeypatch.setattr(graphed, "training_step", counted)
+    monkeypatch.setattr(stepper, "training_step", counted)
     with Reads(calls) as reads:
         trainer.train(run, tmp_path / "run", QUIET)
     # Rows at every third step, tests at the epochs' ends, the finiteness that a checkpoint asks for at every fifth.
@@ -138,7 +138,7 @@ def test_numbers_are_read_where_a_row_is_written_and_nowhere_else(tmp_path, monk
 
 
 def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkeypatch, capfd):
-    directory, step_function, calls = tmp_path / "run", graphed.training_step, []
+    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
 
     def stopping(*arguments):
         calls.append(None)
@@ -150,7 +150,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
     torch.manual_seed(0)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(graphed, "training_step", stopping)
+        patch.setattr(stepper, "training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(start(directory), directory, QUIET)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
@@ -172,7 +172,7 @@ def test_a_stop_is_asked_for_though_nobody_can_be_told(monkeypatch):
 
 
 def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", graphed.training_step, []
+    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
 
     def dying(*arguments):
         calls.append(None)
@@ -182,7 +182,7 @@ def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_pa
 
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
-        patch.setattr(graphed, "training_step", dying)
+        patch.setattr(stepper, "training_step", dying)
         with pytest.raises(InterruptedError):
             trainer.train(start(directory), directory, QUIET)
     assert checkpoint.latest(directory).name == "step-00000010"
@@ -193,14 +193,14 @@ def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_pa
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", graphed.training_step, []
+    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
 
     def diverging(*arguments):
         calls.append(None)
         metrics = step_function(*arguments)
         return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
 
-    monkeypatch.setattr(graphed, "training_step", diverging)
+    monkeypatch.setattr(stepper, "training_step", diverging)
     with pytest.raises(TrainingError, match="not finite at step 7") as caught:
         trainer.train(start(directory), directory, QUIET)
     assert "step-00000005" in str(caught.value)
@@ -306,13 +306,13 @@ def test_an_average_changes_nothing_of_what_is_learnt(whole, tmp_path):
 
 
 def test_switches_of_precision_are_the_runs_alone(tmp_path, monkeypatch):
-    seen, step_function = [], graphed.training_step
+    seen, step_function = [], stepper.training_step
 
     def watching(*arguments):
         seen.append(torch.backends.cudnn.allow_tf32)
         return step_function(*arguments)
 
-    monkeypatch.setattr(graphed, "training_step", watching)
+    monkeypatch.setattr(stepper, "training_step", watching)
     before = torch.backends.cudnn.allow_tf32
     run = start(tmp_path / "run", training__epochs=1, training__precision="float32")
     trainer.train(run, tmp_path / "run", QUIET)

@@ -22,7 +22,7 @@ from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import graphed, trainer
+from falcon_fast.training import stepper, trainer
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
 
@@ -187,7 +187,7 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
         else:
             create_run_directory(directory, run.config)
             step, seconds = 0, 0.0
-        original, count = graphed.training_step, 0
+        original, count = stepper.training_step, 0
 
         def counted(*arguments: object):
             nonlocal count
@@ -196,13 +196,13 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
                 raise InterruptedError
             return original(*arguments)  # type: ignore[arg-type]
 
-        graphed.training_step = counted  # type: ignore[assignment]
+        stepper.training_step = counted  # type: ignore[assignment]
         try:
             trainer.train(run, directory, Listening(quiet=True), step, seconds)
         except InterruptedError:
             pass
         finally:
-            graphed.training_step = original
+            stepper.training_step = original
 
     train(tmp_path / "whole", None)
     assert sum("set aside" in line and str(victim) in line for line in lines) == 1

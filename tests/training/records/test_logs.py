@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.training import graphed, trainer
+from falcon_fast.training import stepper, trainer
 from falcon_fast.training.records import logs
 from falcon_fast.training.run import Run, prepare, restore
 
@@ -52,7 +52,7 @@ def assert_events_equal_rows(directory: Path) -> None:
 
 
 def test_events_equal_the_rows_also_of_a_resumed_run(tmp_path, monkeypatch):
-    step_function, calls = graphed.training_step, []
+    step_function, calls = stepper.training_step, []
 
     def dying(*arguments):
         calls.append(None)
@@ -63,7 +63,7 @@ def test_events_equal_the_rows_also_of_a_resumed_run(tmp_path, monkeypatch):
     run = prepared()
     create_run_directory(tmp_path, run.config)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(graphed, "training_step", dying)
+        patch.setattr(stepper, "training_step", dying)
         trainer.train(run, tmp_path, QUIET)
     assert [step for step, _ in table(tmp_path)["loss"]] == [2, 4, 6, 8]
     assert_events_equal_rows(tmp_path)
