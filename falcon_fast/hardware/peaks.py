@@ -1,8 +1,6 @@
-"""What a device could reach at most: from its maker's data sheet where it is known by name, or measured here.
+"""The most that a device could reach: by its data sheet where its name is known (`kernels/gpu/devices.py`), or measured here.
 
-A data sheet's rate is of dense products in a dtype with accumulation in float32, at clocks that a long product does not hold:
-a library's matrix product reaches 0.7 to 0.9 of it, which `measure` shows. What the loss's cost model reckons with is what is
-reached (`kernels/gpu/loss/cost.py`), not this.
+A data sheet's rate is not reached in practice: a library's matrix product reaches 0.7 to 0.9 of it, which `measure` shows.
 """
 
 from __future__ import annotations
@@ -14,48 +12,20 @@ from typing import NamedTuple
 import torch
 
 from falcon_fast.hardware.precision import Precision
-
-
-class Peak(NamedTuple):
-    """A GPU's data sheet: FLOP/s of dense products in bfloat16 and float16, TF32, float32; bytes/s and bytes of memory."""
-
-    half: float
-    tf32: float
-    float32: float
-    bandwidth: float
-    memory: float
-
-
-# NVIDIA's data sheets; the first entry whose words all lie in the name that CUDA gives the device. H100 alone is the SXM one.
-PEAKS: tuple[tuple[tuple[str, ...], Peak], ...] = (
-    (("a100", "80gb", "pcie"), Peak(312e12, 156e12, 19.5e12, 1.935e12, 80e9)),
-    (("a100", "80gb"), Peak(312e12, 156e12, 19.5e12, 2.039e12, 80e9)),
-    (("a100",), Peak(312e12, 156e12, 19.5e12, 1.555e12, 40e9)),
-    (("h100", "nvl"), Peak(835e12, 417e12, 60e12, 3.9e12, 94e9)),
-    (("h100", "pcie"), Peak(756e12, 378e12, 51e12, 2.0e12, 80e9)),
-    (("h100",), Peak(989e12, 494e12, 67e12, 3.35e12, 80e9)),
-    (("h200", "nvl"), Peak(835e12, 417e12, 60e12, 4.8e12, 141e9)),
-    (("h200",), Peak(989e12, 494e12, 67e12, 4.8e12, 141e9)),
-)
-
-
-def known_peak(name: str) -> Peak | None:
-    """The data sheet of a device by its name ("NVIDIA H100 80GB HBM3"); None where there is none."""
-    words = name.lower()
-    return next((peak for parts, peak in PEAKS if all(part in words for part in parts)), None)
+from falcon_fast.kernels.gpu.devices import known_device
 
 
 def known_rate(device: torch.device, precision: Precision) -> float | None:
-    """FLOP/s that a device may reach in a precision, by its data sheet; None for a CPU or a GPU that is not listed.
+    """Return the data sheet's FLOP/s of a device in a precision; None for a CPU or a GPU that the table does not have.
 
-    Where nobody asked for a precision, convolutions are TF32 and other products float32 (torch's switches): the peak is TF32's.
+    If no precision was asked for, torch computes convolutions in TF32 and other products in float32: the peak is TF32's.
     """
-    peak = known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if peak is None:
+    known = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is None:
         return None
     if precision.autocast is not None:
-        return peak.half
-    return peak.float32 if precision.name == "float32" and precision.asked else peak.tf32
+        return known.sheet.half
+    return known.sheet.float32 if precision.name == "float32" and precision.asked else known.sheet.tf32
 
 
 class Measured(NamedTuple):

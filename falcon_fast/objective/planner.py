@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from falcon_fast.kernels.gpu.loss.cost import DEVICES, Candidate, Device, candidates, choose, nearest_device
+from falcon_fast.kernels.gpu.devices import DEVICES, Device, nearest_device
+from falcon_fast.kernels.gpu.loss.cost import Candidate, candidates, choose
 from falcon_fast.kernels.gpu.loss.plan import DEFAULT_BUDGET
 
 __all__ = [
@@ -38,5 +39,5 @@ def explain(n: int, f: int, c: int, codes: str, device: Device, memory_budget: i
         yield f"chosen: {best.name}, predicted {others[0].seconds / best.seconds:.1f} times as fast as {others[0].name}"
     else:
         yield f"chosen: {best.name}: {others[0].name} does not fit the budget"
-    floor = 8.0 * n * f * c / device.half_products
+    floor = 8.0 * n * f * c / device.reached.half_products
     yield f"the dense floor, 8 N f c at the library's rate: {1e3 * floor:.3f} ms"

@@ -1,20 +1,21 @@
-"""The step of a configuration on a GPU that need not be there, with data that need not either: a model, not a measurement.
+"""Predict the step of a configuration on a GPU, without the GPU and without data: a model, not a measurement.
 
-The network is its operators one after the other (`roofline`), the loss its planner's cost model
-(`kernels/gpu/loss/cost.py`), whose devices' rates are used for both. What is added to a roofline are estimates, few and round:
+The network is the sum of its operators (`roofline`), the loss is what its planner's cost model says
+(`kernels/gpu/loss/cost.py`); both use the rates in `kernels/gpu/devices.py`. A few round estimates are added to the roofline:
 
-- an operator's product reaches PRODUCT of the rate of a large square one, a convolution CONVOLUTION, traffic BANDWIDTH of a plain
-  copy's. Set beside published training throughputs in 16 bits, one image where we have two views: ResNet-50 at 224 px on A100
-  2,470 images/s (NVIDIA DeepLearningExamples), the model 2,410 without per-view BatchNorm; a ViT-S, compiled, batch 256, on H100
-  7,716 (nvSubquadratic), the model 8,270 for ViT-S/16.
-- TF32 multiplies at half the rate of 16 bits.
-- the host issues an operator in CALL seconds, a kernel of a compiled graph in COMPILED_CALL; the network takes as long as the
-  slower of host and device.
-- the photometric stage reads and writes a view PASSES times in float32, and the optimiser each of its numbers once.
-- DDP's all-reduce passes 2 (W - 1) / W of the gradients' bytes over links of LINK bytes/s, behind the backward pass but for its
-  last bucket; an all-reduce of few bytes takes LATENCY.
+- An operator's product reaches PRODUCT of the rate of a large square product, a convolution CONVOLUTION of it, and memory traffic
+  BANDWIDTH of the rate of a plain copy. This was compared with published training throughputs in 16 bits, which use one view
+  per image where FALCON uses two. ResNet-50 at 224 px on an A100: 2,470 images/s published (NVIDIA DeepLearningExamples), 2,410
+  predicted without per-view BatchNorm. A compiled ViT-S, batch size 256, on an H100: 7,716 images/s published (nvSubquadratic),
+  8,270 predicted for ViT-S/16.
+- TF32 products run at half the rate of 16-bit products.
+- The host issues an operator in CALL_SECONDS, and a kernel of a compiled graph in COMPILED_CALL_SECONDS. The network takes as
+  long as the slower of host and device.
+- The photometric stage reads and writes each view PASSES times in float32. The optimizer reads or writes each number once.
+- DDP's all-reduce moves 2 (W - 1) / W times the gradients' bytes at the device's `all_reduce` rate. It overlaps with the backward
+  pass, except for its last bucket. An all-reduce of a few bytes takes ALL_REDUCE_LATENCY.
 
-No time is spent waiting for data: how fast files are decoded depends on the machine around the GPU.
+Waiting for data is not predicted: how fast files are decoded depends on the machine around the GPU.
 """
 
 from __future__ import annotations
@@ -28,17 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from falcon_fast.config import Config, nearest
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.flops import step_flops
-from falcon_fast.hardware.peaks import known_peak
+from falcon_fast.kernels.gpu.devices import ALL_REDUCE_LATENCY, CALL_SECONDS, COMPILED_CALL_SECONDS, DEVICES, Device
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_network
 from falcon_fast.objective import planner
 from falcon_fast.profiling.roofline import Rates, fused, trace
 
 PRODUCT, CONVOLUTION, BANDWIDTH = 0.8, 0.5, 0.8
-CALL, COMPILED_CALL = 8e-6, 2e-6
 PASSES = 6
-LINK = {"a100": 230e9, "h100": 370e9, "h200": 370e9}  # bus bandwidth of large all-reduces inside one machine, NVLink
-LATENCY = 20e-6
 BUCKET = 25 * 2**20  # bytes: DDP's own
 
 MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
@@ -79,8 +77,8 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     Raises:
         UsageError: a kind without a model, or a batch that does not divide.
     """
-    if gpu not in planner.DEVICES:
-        raise UsageError(f"no model of a GPU {gpu!r}: {nearest(gpu, planner.DEVICES)}")
+    if gpu not in DEVICES:
+        raise UsageError(f"no model of a GPU {gpu!r}: {nearest(gpu, DEVICES)}")
     training = config.training
     if training.batch_size % (gpus * training.accumulate):
         raise UsageError(
@@ -89,8 +87,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
         )
     if training.strategy == "fsdp":
         raise UsageError("there is no model of FSDP2's communication: leave out --strategy fsdp")
-    device, peak = planner.DEVICES[gpu], known_peak(f"{gpu} 80gb")
-    assert peak is not None
+    device, sheet = DEVICES[gpu], DEVICES[gpu].sheet
     half = _autocast(config)
     size = config.data.size or VIEW_SIZES.get(config.data.source, 224)
     images = training.batch_size // gpus // training.accumulate
@@ -115,16 +112,16 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
         "loss": loss.seconds,
         "backward": backward.seconds,
     }
-    calls = len(operators) * COMPILED_CALL if training.compile else traced.calls * CALL
+    calls = len(operators) * COMPILED_CALL_SECONDS if training.compile else traced.calls * CALL_SECONDS
     phases = {name: training.accumulate * seconds for name, seconds in micro.items()}
-    phases["communication"] = _communication(network, 4 * parameters, phases["backward"], gpu, gpus, config)
+    phases["communication"] = _communication(network, 4 * parameters, phases["backward"], device, gpus, config)
     numbers = 3 + 2 * MOMENTS[config.optimizer.name] + (3 if config.optimizer.ema_decay else 0)
     phases["optimizer"] = 4 * numbers * parameters / rates.bandwidth
     busy = phases["forward"] + phases["backward"]
     phases["launch"] = 0.0 if training.cuda_graph else max(0.0, training.accumulate * calls - busy)
 
     held = 4 * parameters * (2 + MOMENTS[config.optimizer.name] + bool(config.optimizer.ema_decay))
-    rate = peak.half if half is not None else peak.float32 if training.precision == "float32" else peak.tf32
+    rate = sheet.half if half is not None else sheet.float32 if training.precision == "float32" else sheet.tf32
     return Prediction(
         gpu=device.name,
         gpus=gpus,
@@ -135,7 +132,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
         flop=flop,
         mfu=flop / sum(phases.values()) / (rate * gpus),
         memory=held + traced.kept + loss.peak + pixels * 5,
-        capacity=peak.memory,
+        capacity=sheet.memory,
         limit=_limit(
             phases,
             training.accumulate * (forward.compute + backward.compute),
@@ -152,20 +149,20 @@ def _autocast(config: Config) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def _rates(config: Config, device: planner.Device) -> Rates:
+def _rates(config: Config, device: Device) -> Rates:
     """Float32 convolutions are TF32 unless float32 is asked for, matrix products only where tf32 is (torch's switches)."""
-    precision = config.training.precision
-    tf32 = device.half_products / 2
+    precision, reached = config.training.precision, device.reached
+    tf32 = reached.half_products / 2
     return Rates(
-        half=PRODUCT * device.half_products,
-        float32=PRODUCT * (tf32 if precision == "tf32" else device.float_products),
-        half_convolution=CONVOLUTION * device.half_products,
-        float32_convolution=CONVOLUTION * (device.float_products if precision == "float32" else tf32),
-        bandwidth=BANDWIDTH * device.memory,
+        half=PRODUCT * reached.half_products,
+        float32=PRODUCT * (tf32 if precision == "tf32" else reached.float_products),
+        half_convolution=CONVOLUTION * reached.half_products,
+        float32_convolution=CONVOLUTION * (reached.float_products if precision == "float32" else tf32),
+        bandwidth=BANDWIDTH * reached.bandwidth,
     )
 
 
-def _loss(config: Config, images: int, device: planner.Device) -> planner.Candidate:
+def _loss(config: Config, images: int, device: Device) -> planner.Candidate:
     """The plan that the run would take."""
     loss = config.loss
     shape, budget = (images, loss.embedding_dim, loss.num_codes, loss.codes, device), loss.memory_budget * 2**20 or None
@@ -175,16 +172,16 @@ def _loss(config: Config, images: int, device: planner.Device) -> planner.Candid
     return found[loss.plan] if loss.plan in found else planner.choose(*shape, budget)
 
 
-def _communication(network: nn.Module, size: int, backward: float, gpu: str, gpus: int, config: Config) -> float:
+def _communication(network: nn.Module, size: int, backward: float, device: Device, gpus: int, config: Config) -> float:
     """Seconds that all-reduces add: gradients of `size` bytes, BatchNorm's statistics each way, the prior's."""
     if gpus == 1:
         return 0.0
-    factor = 2 * (gpus - 1) / gpus / LINK[gpu]
+    factor = 2 * (gpus - 1) / gpus / device.reached.all_reduce
     hidden = backward / config.training.accumulate  # the last micro-batch's
-    gradients = max(factor * size - hidden, factor * min(size, BUCKET)) + LATENCY
+    gradients = max(factor * size - hidden, factor * min(size, BUCKET)) + ALL_REDUCE_LATENCY
     layers = sum(isinstance(layer, _BatchNorm) for layer in network.modules())
     small = 2 * layers * config.training.sync_batchnorm + 2 * (config.loss.prior_scope == "global")
-    return gradients + small * config.training.accumulate * LATENCY
+    return gradients + small * config.training.accumulate * ALL_REDUCE_LATENCY
 
 
 def _limit(phases: dict[str, float], compute: float, memory: float, ways: list[str]) -> str:

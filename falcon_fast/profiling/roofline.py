@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from falcon_fast.hardware.flops import without_storage
-from falcon_fast.kernels.gpu.loss.cost import LAUNCH_SECONDS
+from falcon_fast.kernels.gpu.devices import LAUNCH_SECONDS
 
 # They make a tensor of another's memory, or of none, without saying so in their schema.
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "device")

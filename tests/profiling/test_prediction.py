@@ -11,8 +11,8 @@ import torch
 
 from falcon_fast.config import Config, load_recipe, override, recipe_names, validate
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels.gpu.devices import DEVICES
 from falcon_fast.models.network import build_network
-from falcon_fast.objective.planner import DEVICES
 from falcon_fast.profiling import prediction
 from falcon_fast.profiling.prediction import predict
 from falcon_fast.profiling.roofline import fused, trace

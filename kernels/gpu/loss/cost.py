@@ -10,15 +10,15 @@ Per loss forward and backward, with G = 4 N f c FLOP (both views' logits formed 
     reference   2 G in float32 and 296 bytes a pair (eager PyTorch, each softmax once), of which 24 are saved for backward
 
 Predicted times add products, traffic and exponentials: they bound each other's overlap from above. What a device reaches is
-written in `DEVICES`: published or measured figures of a library's kernels. Measured on an H100 (triton 3.6, torch 2.11) are
-cuBLAS's product (772 TFLOP/s for 8192^3, 788 for dZ W^T in chunks of 8192 codes), the 3.1 TB/s of a fill, and the shares below
-that our kernels reach; the A100's figures and the H200's memory are not.
+written in `kernels/gpu/devices.py`. cuBLAS's product reached 788 TFLOP/s for dZ W^T in chunks of 8192 codes on an H100
+(triton 3.6, torch 2.11), on which the shares below that our kernels reach were measured, too.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from falcon_fast.kernels.gpu.devices import LAUNCH_SECONDS, Device
 from falcon_fast.kernels.gpu.loss.plan import DEFAULT_BUDGET, EXPANDED_CODES, dense_plan, hadamard_plan, hadamard_served
 
 # Of the library's rate: signs are expanded between two products, not beside them (270 TFLOP/s for 1024 images; 239 for 64 images'
@@ -28,27 +28,6 @@ EXPANDED_PRODUCT = 0.75  # 0.95 ms for 0.55 TFLOP, logits' statistics included, 
 # Small products with shuffles between: 2.06 ms for (1024, 2048, 65536), 1.29 of it for the columns before they got a fifth fewer
 # instructions and two programs a processor.
 TRANSFORM = 0.12
-LAUNCH_SECONDS = 4e-6
-
-
-class Device(NamedTuple):
-    """What a GPU reaches: fp16 and float32 products (FLOP/s), memory and second-cache traffic (bytes/s), exponentials/s."""
-
-    name: str
-    capability: tuple[int, int]
-    processors: int
-    half_products: float
-    float_products: float
-    memory: float
-    cache: float
-    exponentials: float
-
-
-DEVICES = {
-    "a100": Device("A100", (8, 0), 108, 250e12, 18e12, 1.7e12, 4.0e12, 2.4e12),
-    "h100": Device("H100", (9, 0), 132, 772e12, 50e12, 3.0e12, 5.5e12, 3.7e12),
-    "h200": Device("H200", (9, 0), 132, 772e12, 50e12, 4.3e12, 5.5e12, 3.7e12),
-}
 
 
 class Candidate(NamedTuple):
@@ -62,14 +41,6 @@ class Candidate(NamedTuple):
     fits: bool
 
 
-def nearest_device(name: str, capability: tuple[int, int]) -> Device:
-    """The model of a device by its name, or of the most like one that is known."""
-    for key, device in DEVICES.items():
-        if key in name.lower():
-            return device
-    return DEVICES["a100" if capability[0] == 8 else "h100"]
-
-
 def candidates(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> list[Candidate]:
     """Every plan for `n` images a view, with the reference last.
 
@@ -78,40 +49,40 @@ def candidates(n: int, f: int, c: int, codes: str, device: Device, memory_budget
         memory_budget: bytes beyond inputs and dictionary; None: 4 GiB.
     """
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
-    facts = (device.capability, device.processors)
+    facts, rates = (device.capability, device.processors), device.reached
     logits, pairs = 4.0 * n * f * c, float(n) * c
     found = []
     if codes == "hadamard" and hadamard_served(f):
         transform = hadamard_plan(n, f, c, *facts)
         flop = 5 * 2 * pairs * 2 * (transform.b + 2 * transform.a if transform.a > 1 else f)
-        seconds = flop / (TRANSFORM * device.half_products) + 12 * pairs / device.exponentials + 7 * LAUNCH_SECONDS
+        seconds = flop / (TRANSFORM * rates.half_products) + 12 * pairs / rates.exponentials + 7 * LAUNCH_SECONDS
         found.append(Candidate("hadamard", flop, 24.0 * c, seconds, transform.peak, transform.peak <= budget))
     else:
         for name in ("stored", "streaming"):
             dense = dense_plan(n, f, c, name == "stored", budget, *facts)
             ranges = -(-c // dense.width)
             chunks = ranges * -(-min(dense.width, c) // EXPANDED_CODES)
-            packed = PACKED_PRODUCT * device.half_products
+            packed = PACKED_PRODUCT * rates.half_products
             forming, product, forming_launches, product_launches = logits / packed, logits / packed, ranges, ranges
             if dense.logits.expanded:
-                forming = logits / (EXPANDED_PRODUCT * device.half_products) + 2 * f * c / device.memory
+                forming = logits / (EXPANDED_PRODUCT * rates.half_products) + 2 * f * c / rates.bandwidth
                 forming_launches = 2 * chunks
             if dense.library:
-                product = logits / device.half_products + 2 * f * c / device.memory
+                product = logits / rates.half_products + 2 * f * c / rates.bandwidth
                 product_launches = 2 * chunks
             if name == "stored":
                 flop, traffic = 2 * logits, 20 * pairs
-                seconds = forming + product + traffic / device.memory + 6 * pairs / device.exponentials
+                seconds = forming + product + traffic / rates.bandwidth + 6 * pairs / rates.exponentials
                 launches = 6 + forming_launches + product_launches
             else:
                 flop, traffic = 4 * logits, 28 * pairs
-                seconds = 3 * forming + product + traffic / device.cache + 8 * pairs / device.exponentials
+                seconds = 3 * forming + product + traffic / rates.cache + 8 * pairs / rates.exponentials
                 launches = 2 + 4 * ranges + 3 * forming_launches + product_launches
             found.append(
                 Candidate(name, flop, traffic, seconds + launches * LAUNCH_SECONDS, dense.peak, dense.peak <= budget)
             )
     traffic, peak = 296 * pairs, 56 * n * c + 4 * f * c
-    seconds = 2 * logits / device.float_products + traffic / device.memory + 40 * LAUNCH_SECONDS
+    seconds = 2 * logits / rates.float_products + traffic / rates.bandwidth + 40 * LAUNCH_SECONDS
     return [*found, Candidate("reference", 2 * logits, traffic, seconds, peak, peak <= budget)]
 
 

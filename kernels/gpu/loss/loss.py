@@ -11,15 +11,17 @@ Nothing here looks at a value on the device, so that a step can be captured as a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
+from falcon_fast.kernels.gpu.devices import nearest_device
 from falcon_fast.kernels.gpu.launch import device_facts
 from falcon_fast.kernels.gpu.loss import hadamard, transform, tuning
 from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, columns, count_used, log_sum_over
-from falcon_fast.kernels.gpu.loss.cost import choose, nearest_device
+from falcon_fast.kernels.gpu.loss.cost import choose
 from falcon_fast.kernels.gpu.loss.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.loss.finish import Parts, Readings, finish
 from falcon_fast.kernels.gpu.loss.gradient import dz_in_place, library_product, packed_product
@@ -176,8 +178,8 @@ def _chosen(
     else:
         name = plan
         if plan == "auto":
-            model = nearest_device(facts.name, facts.capability)._replace(
-                capability=facts.capability, processors=facts.processors
+            model = dataclasses.replace(
+                nearest_device(facts.name, facts.capability), capability=facts.capability, processors=facts.processors
             )
             name = choose(n, f, c, "rademacher", model, memory_budget).name
         chosen = dense_plan(n, f, c, name == "stored", memory_budget, facts.capability, facts.processors)
