@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -71,3 +72,22 @@ def test_what_could_not_be_measured_is_not_called_collapsed():
     unmeasured["trained"]["collapse"]["dimensional"] = BAD | {"value": float("nan"), "explanation": reason}
     shown = text(result_tables(unmeasured))
     assert "COLLAPSED" not in shown and shown.count("not measured") == 1 and reason in shown
+
+
+def test_what_was_not_measured_is_a_gap_and_qualities_share_an_axis(tmp_path, monkeypatch):
+    """What matplotlib drew is read back."""
+    drawn: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    with MetricsFile(tmp_path / "metrics.csv") as file:
+        for step, accuracy, nmi in ((10, None, None), (20, 0.5, 0.25), (30, None, 0.375), (40, 0.75, None)):
+            file.write({"step": step, "epoch": step / 16, "probe_accuracy": accuracy, "nmi_codes": nmi})
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    losses, codes, quality = drawn[0].axes
+    assert not losses.lines and not codes.lines and codes.get_ylim()[0] == 0
+    points = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in quality.lines}
+    assert points == {
+        "online probe, test split": [(1.25, 0.5), (2.5, 0.75)],
+        "NMI of the codes, test split": [(1.25, 0.25), (1.875, 0.375)],
+    }
+    assert quality.get_ylim() == (0, 1)

@@ -76,3 +76,16 @@ def test_a_frozen_start_is_said_with_what_to_do() -> None:
     advised = int(line.rpartition(" ")[2])
     assert frozen_start(512, 524288, temperature(512, 524288, advised), "tanh", advised) is None
     assert "embedding_dim" in frozen_start(8, 16384, temperature(8, 16384, 64), "l2", 64)
+
+
+@pytest.mark.parametrize("shape", [(1024, 2048, 65536), (64, 2048, 16384), (4096, 512, 16384)])
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_the_factor_is_the_ratio_of_the_times_in_the_table(shape, device) -> None:
+    lines = list(explain(*shape, "rademacher", device, 2**34))
+    milliseconds = {words[0]: float(words[3]) for words in map(str.split, lines[2:4])}
+    chosen = min(milliseconds, key=milliseconds.__getitem__)
+    (other,) = milliseconds.keys() - {chosen}
+    words = lines[-2].split()
+    assert words[:3] == ["chosen:", f"{chosen},", "predicted"] and words[-1] == other
+    # One decimal is printed of the factor, three of each time.
+    assert float(words[3]) == pytest.approx(milliseconds[other] / milliseconds[chosen], abs=0.06)

@@ -70,3 +70,27 @@ def test_a_sentence_is_one_line(phases, facts):
     assert len(found(phases, facts).sentence.splitlines()) == 1
     zero = dict.fromkeys(STEP, 0.0) | phases
     assert diagnose(zero | {"forward": 1e-9}, 1, facts).sentence
+
+
+def test_waiting_counts_from_a_fifth_of_a_step():
+    """The other phases take a second: 0.26 s of waiting are 20.6 % of a step, 0.24 s are 19.4 %."""
+    for name in ("data", "communication"):
+        assert found({name: 0.26})[0] == name
+        assert found({name: 0.24})[0] == "compute"
+
+
+def test_launches_count_from_nine_tenths_of_a_step():
+    assert found(facts=GPU._replace(host=0.91))[0] == "launch"
+    assert found(facts=GPU._replace(host=0.89))[0] == "compute"
+
+
+def test_overhead_is_where_less_than_half_of_the_networks_time_is_needed():
+    """The network takes 0.8 s."""
+    assert found(facts=CPU._replace(bound=Bound(0.25, 0.14, 0.0)))[0] == "overhead"
+    assert found(facts=CPU._replace(bound=Bound(0.25, 0.16, 0.0)))[0] == "compute"
+
+
+def test_the_loss_is_named_from_three_tenths_of_a_step():
+    """The other phases take 0.9 s: 0.40 s of loss are 30.8 % of a step, 0.37 s are 29.1 %."""
+    assert "the loss takes 31% of a step" in found({"loss": 0.40}).sentence
+    assert "the loss" not in found({"loss": 0.37}).sentence

@@ -117,6 +117,33 @@ def test_what_cannot_be_told_apart_is_one_phase(monkeypatch):
     assert phases._told_apart({"forward": 1.0, "optimizer": 2.0}) == {"forward, loss, backward": 1.0, "optimizer": 2.0}
 
 
+class Scripted:
+    """Steps that take given seconds by a made-up clock, a quarter of them in each of four phases."""
+
+    def __init__(self, monkeypatch, seconds: list[float]) -> None:
+        self._now, self._seconds = 0.0, iter(seconds)
+        monkeypatch.setattr(phases.time, "perf_counter", lambda: self._now)
+
+    def take(self, watch=None, synchronised=True) -> float:
+        quarter = next(self._seconds) / 4
+        for phase in ("data", "forward", "loss", "backward"):
+            if watch:
+                watch.step() if phase == "data" else watch.enter(phase)
+            self._now += quarter
+        return 3 * quarter
+
+
+def test_only_steps_after_the_warm_up_are_timed(monkeypatch):
+    """Warm-up steps take 1000 s; of the others the fastest and the slowest fifth are left out of the means."""
+    timed = [4.0, 1.0, 8.0, 100.0, 2.0, 6.0, 3.0, 9.0, 7.0, 5.0]
+    run = prepared()
+    found = phases.measure(run, Scripted(monkeypatch, [1000.0] * phases.WARM_UP + timed), len(timed))
+    assert found.steps == pytest.approx(timed)
+    middle = sum(x for x in timed if 2.0 <= x <= 9.0) / 8
+    assert found.step == pytest.approx(middle)
+    assert found.phases == pytest.approx(dict.fromkeys(("data", "forward", "loss", "backward"), middle / 4))
+
+
 def test_percentiles_are_of_the_values():
     assert phases.spread([5.0]) == (5.0, 5.0)
     assert phases.spread([float(x) for x in range(11)]) == (2.0, 8.0)

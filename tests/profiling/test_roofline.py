@@ -80,3 +80,21 @@ def test_a_compiler_puts_together_what_follows_on_no_product():
     assert fused([product, add, add, product]) == [product, add._replace(bytes=4.0), product]
     assert fused([norm, copy, add]) == [norm._replace(bytes=11.0)]
     assert fused([add, add._replace(backward=True)]) == [add, add._replace(backward=True)]
+
+
+class Expanded(Small):
+    """A bias of one number for all features, which lies in memory once however often it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        features = self.linear(images.permute(0, 2, 3, 1).flatten(1))
+        return features, features.add(self.bias.expand(8, 16))
+
+
+def test_an_expanded_tensor_is_read_once():
+    traced = trace(Expanded(), 8, 4, None)
+    y = 8 * 16 * 4
+    assert [o.bytes for o in traced.operators if o.name == "add"] == [y + 4 + y]

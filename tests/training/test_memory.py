@@ -1,10 +1,8 @@
-"""The host's memory kept; out of memory, where the error is raised (no device here runs out) and the sizes are the models'."""
+"""Out of memory, where the error is raised (no device here runs out) and the sizes are the models'."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -96,33 +94,3 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch):
     assert f"--set loss.plan=streaming, which holds {found['streaming'].peak / 2**20:,.0f} MiB; or --amp" in line
     run.config = dataclasses.replace(run.config, loss=dataclasses.replace(run.config.loss, memory_budget=64))
     assert memory.loss_plan(run)[0] == "streaming"
-
-
-# In a process of its own: it is for the whole of it.
-FAULTS = """
-import sys, resource, torch
-from falcon_fast.hardware.host_memory import keep_host_memory
-if sys.argv[1] == "kept":
-    if not keep_host_memory(torch.device("cpu")):
-        sys.exit(2)
-else:
-    assert not keep_host_memory(torch.device("cuda"))
-for _ in range(4):
-    torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def test_what_tensors_leave_is_kept_for_the_next():
-    pages = 10 * 2**26 // 4096
-    done = {
-        way: subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True) for way in ("kept", "")
-    }
-    if done["kept"].returncode == 2:
-        pytest.skip("not glibc")
-    assert int(done["kept"].stdout) < pages / 4, done["kept"].stderr
-    if int(done[""].stdout) < pages / 2:
-        pytest.skip("memory comes in pages larger than 4 KiB")  # and the first line says nothing

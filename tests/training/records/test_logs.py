@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.hardware.flops import StepFlops
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import stepper, trainer
 from falcon_fast.training.records import logs
+from falcon_fast.training.records.metrics_file import COLUMNS
 from falcon_fast.training.run import Run, prepare, restore
+from falcon_fast.training.step import StepMetrics
 
 TINY = {
     "model.width": 4,
@@ -122,3 +127,41 @@ def test_a_network_that_cannot_be_counted_is_said_and_trains(monkeypatch):
     assert logs.utilisation_per_image(run, said.append) is None
     assert said == ["the FLOP of resnet8 cannot be counted (aten::strange has no meta kernel): no MFU is logged"]
     assert logs.Throughput(run, said.append).row()["mfu"] is None
+
+
+def test_utilisation_is_of_all_devices(monkeypatch):
+    """6e12 FLOP a step of 128 images: at 3 steps/s, half of what four devices of 9e12 FLOP/s can do."""
+    run = prepared()
+    run.processes = dataclasses.replace(run.processes, world_size=4)
+    monkeypatch.setattr(logs, "known_rate", lambda device, precision: 9e12)
+    monkeypatch.setattr(logs, "step_flops", lambda config, network, size: StepFlops(5e12, 1e12))
+    assert logs.utilisation_per_image(run, print) * 3 * 128 == pytest.approx(0.5)
+
+
+def test_every_metric_of_a_row_stands_in_its_column():
+    run = prepared(optimizer__lr=0.5)
+    values = {"loss": 6.0, "prior": 1.0, "invariance": 5.0, "codes_used": 17, "probe_accuracy": 0.25, "grad_norm": 3.0}
+    metrics = StepMetrics(**{name: torch.tensor(value) for name, value in values.items()})
+    row = logs.metrics_row(run, 7, metrics, 0.25)
+    assert row == {
+        "step": 7,
+        "epoch": 7 / (1437 // 128),  # 80 % of the 1797 digits are for training
+        "loss": 6.0,
+        "prior": 1.0,
+        "invariance": 5.0,
+        "codes_used": 17,
+        "lr": 0.125,
+        "grad_norm": 3.0,
+        "probe_train_accuracy": 0.25,
+    }
+    assert set(row) <= set(COLUMNS)
+
+
+def test_tags_are_the_columns_and_steps_the_rows(tmp_path):
+    run = prepared()
+    with logs.RunLog(run, tmp_path, 0) as log:
+        log.write({"step": 3, "epoch": 0.25, "loss": 2.0, "prior": 0.5, "mfu": None})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == {"epoch": [(3, 0.25)], "loss": [(3, 2.0)], "prior": [(3, 0.5)]}
