@@ -1,0 +1,164 @@
+"""Tests that can fail: every fault of `faults.py`, put into a copy of the package, turns its test red.
+
+`pytest -m slow tests/faults` runs them, a few minutes on two cores. The working tree is never changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from falcon_fast.kernels import cpu_extension
+
+from .faults import FAULTS, Fault
+
+ROOT = Path(__file__).parents[2]
+
+# Python imports a module of this name when it starts, also in processes that a test starts. An editable installation finds the
+# package by a finder of its own, which is asked before PYTHONPATH: this one is asked before that.
+SITECUSTOMIZE = """
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+class Copy:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "falcon_fast":
+            return PathFinder.find_spec(name, [str(Path(__file__).parent)])
+        return PathFinder.find_spec(name, path) if name.startswith("falcon_fast.") else None
+
+sys.meta_path.insert(0, Copy)
+"""
+
+
+def test_every_name_is_given_once():
+    names = [fault.name for fault in FAULTS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_list_is_not_out_of_date(fault: Fault):
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
+    assert text.count(fault.right) == 1, f"{fault.file}: {fault.right!r}"
+    ast.parse(text.replace(fault.right, fault.wrong))
+    file, name = fault.test.split("::")
+    functions = [node.name for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body if _is_function(node)]
+    assert functions.count(name) == 1, fault.test
+
+
+def _is_function(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef)
+
+
+def copied(folder: Path, fault: Fault | None = None) -> Path:
+    """Copy the package to `folder`, the compiled extension included, with a fault or none."""
+    package = folder / "falcon_fast"
+    unwanted = shutil.ignore_patterns("__pycache__", "*.cpp", "*.hpp")
+    shutil.copytree(
+        ROOT / "falcon_fast", package, ignore=lambda at, names: {*unwanted(at, names), "kernels"} & {*names}
+    )
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=unwanted)
+    if cpu_extension is not None:
+        shutil.copy(cpu_extension.__file__, package / "kernels")
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    if fault is not None:
+        inside = f"falcon_fast/{fault.file}" if fault.file.startswith("kernels/") else fault.file
+        path = folder / inside
+        path.write_text(path.read_text(encoding="utf-8").replace(fault.right, fault.wrong), encoding="utf-8")
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the package in `folder` as falcon_fast."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def run_tests(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    return python(folder, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests)
+
+
+class Runs:
+    """Test runs in the background: each file's tests once on an unchanged copy, and each fault's test on its own copy."""
+
+    def __init__(self, faults: list[Fault], folder: Path) -> None:
+        self._pool = ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0))))
+        self._healthy: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+        self._faulty: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+        unchanged = copied(folder / "unchanged")
+        for number, fault in enumerate(faults):
+            file = self._file(fault)
+            if file not in self._healthy:
+                tests = sorted({other.test for other in faults if self._file(other) == file})
+                self._healthy[file] = self._pool.submit(run_tests, unchanged, tests)
+            self._faulty[fault.name] = self._pool.submit(self._with_fault, folder / str(number), fault)
+
+    @staticmethod
+    def _file(fault: Fault) -> str:
+        return fault.test.split("::")[0]
+
+    @staticmethod
+    def _with_fault(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
+        done = run_tests(copied(folder, fault), [fault.test])
+        shutil.rmtree(folder)
+        return done
+
+    def healthy(self, fault: Fault) -> subprocess.CompletedProcess[str]:
+        return self._healthy[self._file(fault)].result()
+
+    def faulty(self, fault: Fault) -> subprocess.CompletedProcess[str]:
+        return self._faulty[fault.name].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    chosen = [item for item in request.session.items if getattr(item, "originalname", "") == "test_the_fault_is_found"]
+    runs = Runs([item.callspec.params["fault"] for item in chosen], tmp_path_factory.mktemp("faults"))  # type: ignore[attr-defined]
+    yield runs
+    runs.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_fault_is_found(fault: Fault, runs: Runs):
+    healthy = runs.healthy(fault)
+    assert healthy.returncode == 0 and "skipped" not in last_line(healthy), healthy.stdout + healthy.stderr
+    faulty = runs.faulty(fault)
+    # 1: tests ran and failed; an error at collection or in a fixture is no test that found something.
+    assert faulty.returncode == 1 and " failed" in last_line(faulty), (
+        f"{fault.test} does not find this fault: {fault.why}\n{faulty.stdout}{faulty.stderr}"
+    )
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+@pytest.mark.slow
+def test_the_copy_is_what_is_imported(tmp_path: Path):
+    done = python(copied(tmp_path), "-c", CHECK)
+    assert done.stdout.split() == [str(tmp_path)] * 3 + [str(cpu_extension is not None)], done.stderr
+
+
+CHECK = """
+import falcon_fast, falcon_fast.kernels, falcon_fast.objective.reference as reference
+from pathlib import Path
+for module, levels in ((falcon_fast, 2), (falcon_fast.kernels, 3), (reference, 3)):
+    print(Path(module.__file__).parents[levels - 1])
+print(falcon_fast.kernels.cpu_extension is not None)
+"""
