@@ -1,4 +1,4 @@
-"""`pytest` runs the tests; `pytest --benchmark` runs the benchmarks instead, which take minutes."""
+"""`pytest` runs the tests. `pytest --benchmark` runs the benchmarks instead, which takes minutes."""
 
 from __future__ import annotations
 

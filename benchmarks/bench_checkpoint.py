@@ -1,8 +1,8 @@
-"""What saving costs the steps: their time while a checkpoint is being written against without, and how long the loop waits.
+"""The cost of saving a checkpoint: the time of steps while one is being written and otherwise, and how long the loop waits.
 
-`pytest --benchmark benchmarks/bench_checkpoint.py`: the trainer's own step and `Saver`, on noise, in float32. ResNet-18 of the
-CIFAR-10 recipe at batch 4 (its network, both moments of AdamW); and a step of milliseconds beside 256 MB of further state,
-as a larger model has. Rounds of steps without, then a save, and steps until it is written.
+`pytest --benchmark benchmarks/bench_checkpoint.py` runs the trainer's own step and `Saver`, on noise, in float32. The cases are
+ResNet-18 of the CIFAR-10 recipe at batch size 4 (its network and both moments of AdamW), and a step of milliseconds with 256 MB
+of additional state, as a larger model has. Each round takes steps, starts a save, and takes steps until it is written.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def test_save(table, tmp_path, case, asynchronous) -> None:
             start = time.perf_counter()
             saver.save(number, checkpoint.collect(network, None, optimizer, extra), {})
             waited = time.perf_counter() - start
-            beside = []
+            meanwhile = []
             while asynchronous and saver._pending is not None and not saver._pending[0].done():
-                beside.append(step())
+                meanwhile.append(step())
             saver.wait()
-            if number:  # the first fills the allocator, the staging memory and the disk's cache
+            if number:  # the first round fills the allocator, the staging memory and the disk's cache
                 without += steps
-                during += beside
+                during += meanwhile
                 waits.append(waited)
                 written.append(time.perf_counter() - start)
     size_mb = sum(f.stat().st_size for f in tmp_path.rglob("*.distcp")) / 1e6

@@ -1,7 +1,7 @@
-"""The optimisation step with its objective compiled against eager, side by side: images/s of whole steps, data already there.
+"""Compare training steps with a compiled objective and in eager mode, in one run: images/s of whole steps, without loading.
 
-Float32, labels and probe included, on the same views of noise. The small cases are the digits recipe at a quarter of its width,
-bound by the number of operations rather than by their size: the smaller the batch, the more.
+Both use float32, labels and probe, and the same views of noise. The small cases are the digits recipe at a quarter of its width,
+which is limited by the number of operators rather than by their size; a smaller batch is limited by it even more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES = {  # recipe, changes, side of a view, rounds
 
 
 def steps(config: Config, size: int):
-    """Two functions that each take a step and wait for it, from the same weights on the same views: eager, compiled."""
+    """Return two functions that take a step and wait for it, from the same weights and on the same views: eager and compiled."""
     torch.manual_seed(0)
     network = per_view_batchnorm(build_network(config, size)).to(device=DEVICE, memory_format=torch.channels_last)
     probe = torch.nn.Linear(network.backbone.num_features, 10).to(DEVICE)

@@ -1,9 +1,10 @@
-"""The data pipeline: source images/s of the whole and of the loaders alone, and the photometric stage, in C++ and compiled
-against eager.
+"""The data pipeline: source images/s of the whole pipeline and of the loaders alone; the photometric stage in C++, compiled and
+in eager mode.
 
-`pytest --benchmark benchmarks/bench_data.py`. Photographs are the full-size JPEGs of `../shared/data/imagenet-sample`; what needs
-them is skipped without. The rival does what most trainers do: torchvision v2 on PIL images in two DataLoader workers, the
-same recipe (ImageNet asymmetric, bicubic crops), two 224 px views, normalised batches out. Rates are of the steady state.
+Run it with `pytest --benchmark benchmarks/bench_data.py`. The photographs are the full-size JPEGs of
+`../shared/data/imagenet-sample`; benchmarks that need them are skipped without them. The rival does what most trainers do:
+torchvision v2 on PIL images in two DataLoader workers, with the same recipe (ImageNet asymmetric, bicubic crops), two views of
+224 px and normalised batches. All rates are measured in the steady state.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ MEAN, STD = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 def photographs() -> Source:
     paths = tuple(map(str, sorted(SAMPLE.rglob("*.JPEG"))))
     if not paths:
-        pytest.skip("no ../shared/data/imagenet-sample beside the repository")
+        pytest.skip("no ../shared/data/imagenet-sample next to the repository")
     split = Split(ImageFiles(paths, tuple(map(header_size, paths))), None)
     return Source(split, split, (), 224, IMAGENET_MEAN, IMAGENET_STD, "sample")
 
 
 def rates(starts: dict[str, Callable[[], Iterator[object]]], images: int, timed: int = TIMED) -> dict[str, float]:
-    """Median images/s of each, one after the other in every round. As many batches lie ready at the end as at the start."""
+    """Return the median images/s of each pipeline; every round runs all of them in turn.
+
+    The queues are as full at the end of a timed part as at its start.
+    """
     found: dict[str, list[float]] = {name: [] for name in starts}
     for _ in range(ROUNDS):
         for name, start in starts.items():
@@ -62,7 +66,7 @@ def rates(starts: dict[str, Callable[[], Iterator[object]]], images: int, timed:
 
 
 class _RivalViews:
-    """Two views of an image by torchvision's transforms, as a data set of files."""
+    """A dataset of files that returns two views of an image, made by torchvision's transforms."""
 
     def __init__(self, paths: tuple[str, ...], recipe: Augmentation, size: int) -> None:
         from torchvision.transforms import InterpolationMode, v2
@@ -111,7 +115,7 @@ def batches_of(name: str, source: Source, recipe: Augmentation, batch: int, devi
 
 
 def test_whole_pipeline(table) -> None:
-    """Files in, normalised views out."""
+    """From files to normalised views."""
     source = photographs()
     stage = photometric_stage(RECIPE, "cpu")
 
@@ -130,7 +134,7 @@ def test_whole_pipeline(table) -> None:
 
 
 def test_loaders_alone(table) -> None:
-    """uint8 views, nothing after the crop."""
+    """uint8 views, with no work after the crop."""
     source = photographs()
     names = ("workers", "dali")
     found = rates({name: lambda name=name: batches_of(name, source, RECIPE, BATCH, CPU) for name in names}, BATCH)
@@ -163,7 +167,7 @@ def test_photometric_stage(table, name: str, size: int, views: int) -> None:
     recipe = AUGMENTATIONS[name]
     parameters = to_tensors(Clock(0, views // 2, views // 2, recipe).at(0).photometric, CPU)
     images = torch.randint(0, 256, (views, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    # The compiler takes half a minute: one recipe at either size.
+    # Compilation takes half a minute: only one recipe at each size.
     modes = ("eager", "compiled", "cpu") if name == "symmetric" else ("eager", "cpu")
     stages = {mode: photometric_stage(recipe, mode) for mode in modes}
     functions = {
@@ -189,10 +193,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @needs_gpu
 @pytest.mark.parametrize("graphed", [False, True])
 def test_resident_on_a_gpu(table, graphed: bool) -> None:
-    """Two augmented 32 px views, the clock included; as the loop calls it, and as it is within a step that is a CUDA graph."""
+    """Two augmented views of 32 px, the clock included, as the training loop calls it and inside a step that is a CUDA graph."""
     source, recipe, device = small_images(), AUGMENTATIONS["cifar-asymmetric"], torch.device("cuda")
     stage, (mean, std) = photometric_stage(recipe, "compiled", device=device), source.normalization(device)
-    batch, steps, warm_up = 512, 290, 20  # three epochs of 97 steps: the clock's numbers go up at the start of each
+    batch, steps, warm_up = (
+        512,
+        290,
+        20,
+    )  # three epochs of 97 steps: the clock's numbers are uploaded at the start of each
     clock = Clock(0, len(source.train.images), batch, recipe)
     inputs, batch_of = loader.training_inputs("resident", source, clock, range(10**6), device)
 
@@ -215,7 +223,7 @@ def test_resident_on_a_gpu(table, graphed: bool) -> None:
 @needs_gpu
 @pytest.mark.parametrize("model", ["resnet18", "vit_small_patch16_224"])
 def test_data_wait_on_a_gpu(table, model: str) -> None:
-    """The share of a training step at 224 px that waits for data, and the rate of the DALI loader alone."""
+    """The share of a training step at 224 px spent waiting for data, and the rate of the DALI loader alone."""
     import timm
 
     source, device = photographs(), torch.device("cuda")
@@ -233,7 +241,7 @@ def test_data_wait_on_a_gpu(table, model: str) -> None:
         waited += time.perf_counter() - waiting
         with torch.autocast("cuda", dtype=torch.bfloat16):
             network(stage(batch.views, batch.parameters, mean, std)).float().square().mean().backward()
-        torch.cuda.current_stream().synchronize()  # as a run that logs each step: the wait is then the loader's own
+        torch.cuda.current_stream().synchronize()  # as in a run that logs each step: the wait is then only for the loader
     seconds = time.perf_counter() - begin
     table.add(
         what=f"DALI on a GPU, {model}, 224 px",

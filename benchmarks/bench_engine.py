@@ -1,8 +1,8 @@
-"""Whole training on one GPU: `falcon-fast train` as a user runs it, against the published way, and against the device's peak.
+"""Whole training runs on one GPU: `falcon-fast train` as a user runs it, the published way to train, and the device's peak.
 
-`pytest --benchmark benchmarks/bench_engine.py`. Rates of ours are those that the run itself writes into metrics.csv, windows of
-50 steps with the loader, the logging and everything else in them, the median over the run's windows; the rival is timed over
-windows of as many steps, in turn with ours. The images are random, as many and as large as CIFAR-10's.
+Run it with `pytest --benchmark benchmarks/bench_engine.py`. Our rates are those that the run itself writes into metrics.csv: the
+median over windows of 50 steps, which include the loader, the logging and everything else. The rival is timed over windows of the
+same length, in turn with ours. The images are random, with the number and size of CIFAR-10's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from falcon_fast.models.network import build_network
 from falcon_fast.training.run import Run, prepare
 from falcon_fast.training.trainer import train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the engine is timed on an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="training is timed on an NVIDIA GPU, and there is none"
+)
 
 WINDOW = 50  # steps
 ROUNDS = 1
@@ -38,7 +40,7 @@ WAYS = {
 
 
 def images(count: int, size: int, held_out: int = 512) -> Source:
-    """Random images with labels of ten classes; a small test split, so that the evaluation at the end is short."""
+    """Return random images with labels of ten classes, and a small test split, so that the evaluation at the end is short."""
     random = np.random.RandomState(0)
     pixels = random.randint(0, 256, (count, size, size, 3)).astype(np.uint8)
     labels = np.arange(count) % 10
@@ -49,7 +51,7 @@ def images(count: int, size: int, held_out: int = 512) -> Source:
 
 
 def started(recipe: str, changes: dict[str, object], source: Source, steps: int) -> Run:
-    """A run of about so many steps."""
+    """Return a run of about `steps` steps."""
     config = load_recipe(recipe)
     per_epoch = len(source.train.images) // int(changes.get("training.batch_size", config.training.batch_size))
     settings = {
@@ -63,7 +65,7 @@ def started(recipe: str, changes: dict[str, object], source: Source, steps: int)
 
 
 def rates(run: Run, directory: Path) -> list[float]:
-    """Images/s of the windows, without the first two, in which things are compiled and chosen, and the last, which evaluates."""
+    """Return the images/s of each window, without the first two (compilation, choice of algorithms) and the last (evaluation)."""
     directory.mkdir(parents=True)
     train(run, directory, Console(quiet=True))
     with (directory / "metrics.csv").open() as file:
@@ -77,7 +79,7 @@ def peak_mib() -> float:
 
 
 def test_cifar_resnet18(table, tmp_path) -> None:
-    """ResNet-18, CIFAR recipe, batch 64: images/s with all that belongs to a run."""
+    """ResNet-18, CIFAR recipe, batch size 64: images/s of a whole run."""
     from . import published
 
     source = images(50000, 32)
@@ -115,7 +117,7 @@ def test_cifar_resnet18(table, tmp_path) -> None:
 
 
 def test_launch_bound(table, tmp_path) -> None:
-    """The digits recipe, whose kernels take microseconds."""
+    """The digits recipe, whose kernels take only microseconds."""
     found: dict[str, list[float]] = {}
     memory: dict[str, float] = {}
     source = images(12800, 16)
@@ -129,7 +131,7 @@ def test_launch_bound(table, tmp_path) -> None:
 
 
 def test_vit_small(table, tmp_path) -> None:
-    """ViT-S/16 at 224 px, batch 256, synthetic views: the share of the device's own bf16 product rate."""
+    """ViT-S/16 at 224 px, batch size 256, synthetic views: the share of the rate of a bfloat16 product on this device."""
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -152,7 +154,7 @@ def test_vit_small(table, tmp_path) -> None:
     memory: dict[str, float] = {}
     flop = 0.0
     for name, changes in WAYS.items():
-        if name == "--cuda-graph":  # not launches are what limits here
+        if name == "--cuda-graph":  # launches are not the limit here
             continue
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,6 @@
-"""What the host needs to launch a kernel: through Triton, and through `launch`, which keeps what Triton found. No GPU is needed.
+"""The host's time to launch a kernel: through Triton, and through `launch`, which caches what Triton found. No GPU is needed.
 
-Without one a driver stands in for CUDA's that compiles for sm_90 and starts nothing: the driver's own share is then missing.
+Without a GPU a stand-in replaces CUDA's driver: it compiles for sm_90 and starts nothing, so that the driver's share is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime import driver  # noqa: E402
 
 
 class StandIn:
-    """As much of Triton's driver as launches ask for."""
+    """The parts of Triton's driver that a launch uses."""
 
     class utils:
         load_binary = staticmethod(lambda *_: (1, 1, 0, 0, 1024))
@@ -61,7 +61,7 @@ def expand_launch(start):
     return lambda: start(expand.expand_kernel, (4, 1), words, out, 64, 64, 2, **blocks, num_warps=4, num_stages=3)
 
 
-@pytest.mark.skipif(INTERPRETING, reason="kernels are Python functions here: unset TRITON_INTERPRET")
+@pytest.mark.skipif(INTERPRETING, reason="kernels are Python functions under TRITON_INTERPRET: unset it")
 @pytest.mark.parametrize("make", [logits_launch, expand_launch])
 def test_launch(table, make):
     functions = {"triton": make(by_triton), "kept": make(launch)}

@@ -1,7 +1,7 @@
-"""The loss on the CPU, forward and backward: plain eager float32 on an unpacked dictionary against ours, in one run.
+"""The loss on the CPU, forward and backward: ours, and plain eager float32 on an unpacked dictionary, in one run.
 
-`pytest --benchmark benchmarks/bench_loss.py`. `times faster` compares medians of interleaved runs; memory is what a step adds
-to the resident size at its peak; the error is the gradient's, against the float64 reference.
+Run it with `pytest --benchmark benchmarks/bench_loss.py`. `times faster` compares medians of interleaved runs. Memory is what a
+step adds to the resident size at its peak. The error is that of the gradient, relative to the float64 reference.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_loss(table, kind, n, f, c, plan, rounds, with_eager) -> None:
 
 
 def test_packing(table) -> None:
-    """A dictionary of half a million codes: drawn and packed from the seed, and 1/8 of one packed from dense signs."""
+    """A dictionary of half a million codes drawn and packed from the seed, and an eighth of one packed from dense signs."""
     start = time.perf_counter()
     RademacherCodes(2048, 524288)
     table.add(codes="draw", shape="(2048, 524288)", **{"ours ms": 1e3 * (time.perf_counter() - start)})

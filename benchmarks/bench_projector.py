@@ -1,7 +1,8 @@
-"""The projector on a GPU, forward and backward, under float16 autocast: torch's layers, torch.compile of them, and ours.
+"""The projector on a GPU, forward and backward, under float16 autocast: torch's layers, the same compiled, and ours.
 
-`pytest --benchmark benchmarks/bench_projector.py`. Milliseconds are medians of interleaved rounds in one run, as called and as a
-CUDA graph; memory is what a step adds at its peak; errors are the embeddings' and the weight gradient's, against float64.
+Run it with `pytest --benchmark benchmarks/bench_projector.py`. Milliseconds are medians of interleaved rounds in one run, called
+directly and as a CUDA graph. Memory is what a step adds at its peak. The errors are those of the embeddings and of the weight's
+gradient, relative to float64.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from falcon_fast.models.batchnorm import per_view_batchnorm
 
 from .conftest import as_graph, milliseconds, peak_bytes
 
-# Images a view, width of the features, f.
+# Images per view, width of the features, f.
 SHAPES = [(64, 512, 2048), (256, 512, 2048), (1024, 2048, 2048), (1024, 512, 512), (4096, 384, 4096)]
 ROUNDS = 30
 
 
 class Layers(nn.Module):
-    """The rival: torch's layers as autocast runs them (a float16 product, BatchNorm's statistics in float32)."""
+    """The rival: torch's layers under autocast (a float16 product, BatchNorm's statistics in float32)."""
 
     def __init__(self, projector: FalconProjector) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Layers(nn.Module):
 
 
 def medians(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median milliseconds of each function, one after the other in every round."""
+    """Return the median milliseconds of each function; every round runs all of them in turn."""
     found: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, function in functions.items():
@@ -69,7 +70,9 @@ def test_projector(table, n, d, f, activation) -> None:
     steps = {"layers": step(layers), "compiled": step(torch.compile(copy.deepcopy(layers))), "ours": step(ours)}
     for run in steps.values():
         run()
-    exact = copy.deepcopy(layers).double()  # its one cast to float32 costs 6e-8, far below what is compared
+    exact = copy.deepcopy(
+        layers
+    ).double()  # its one cast to float32 has an error of 6e-8, far below the errors compared
     x = features.detach().double()
     h = exact(x)
     truth = (h.detach(), torch.autograd.grad(h, exact.linear.weight, g.double())[0])

@@ -1,8 +1,9 @@
-"""The loss against its rivals, forward and backward, in one run: on a GPU at the shapes of large dictionaries, else on the CPU.
+"""The loss and its rivals, forward and backward, in one run: on a GPU with the shapes of large dictionaries, else on the CPU.
 
-`pytest --benchmark benchmarks/bench_rivals.py`. Every rival of a shape is timed in turn, round after round. `of the floor` is the
-time of the dense floor, 8 N f c FLOP at the rate that torch's own product reaches here, over the rival's time: fp16 on a GPU,
-float32 on a CPU. The error is the gradient's, against the three sweeps in float64.
+Run it with `pytest --benchmark benchmarks/bench_rivals.py`. All rivals of a shape are timed in turn, round after round. `of the
+floor` is the time of the dense floor divided by the rival's time; the floor is 8 N f c FLOP at the rate that torch's own product
+reaches on this machine (fp16 on a GPU, float32 on a CPU). The error is that of the gradient, relative to the three sweeps in
+float64.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ SHAPES = (
 )
 ROUNDS = 20 if ON_GPU else 5
 CHUNK = 8192 if ON_GPU else 2048
-LARGEST_EXACT = 2**30  # N c up to which the float64 sweeps are run for the error
+LARGEST_EXACT = 2**30  # largest N c for which the float64 sweeps run, for the error
 IMPLEMENTATION = "triton" if ON_GPU else "cpu"
 
 
 @pytest.fixture(scope="module")
 def product_rate() -> float:
-    """FLOP/s of torch's own product here: fp16 (8192^3) on a GPU, float32 (2048^3) on a CPU."""
+    """FLOP/s of torch's own product on this machine: fp16 (8192^3) on a GPU, float32 (2048^3) on a CPU."""
     size, dtype = (8192, torch.float16) if ON_GPU else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     for _ in range(3):
@@ -87,7 +88,7 @@ def test_rivals(table, product_rate, n, f, c) -> None:
 
 
 def measure(table, candidates, exact, shape, product_rate) -> None:
-    """A row of the table for each candidate; one that does not fit the memory says so."""
+    """Add a row to the table for each candidate; the row says so if a candidate does not fit into the memory."""
     n, f, c = shape
     rows, running = {}, {}
     for name, function in candidates.items():
@@ -96,7 +97,7 @@ def measure(table, candidates, exact, shape, product_rate) -> None:
                 result = function()
             memory = peak_bytes(function)
         except torch.cuda.OutOfMemoryError:
-            rows[name] = {"note": "does not fit the memory"}
+            rows[name] = {"note": "does not fit into the memory"}
             torch.cuda.empty_cache()
             continue
         error = None
@@ -108,7 +109,7 @@ def measure(table, candidates, exact, shape, product_rate) -> None:
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(ROUNDS):
         for name, function in running.items():
-            function()  # its own memory and caches back in place
+            function()  # restores its memory and caches
             times[name].append(milliseconds(function))
     for name, row in rows.items():
         figures = {}

@@ -1,8 +1,8 @@
-"""A whole training step of the recipes that are meant for a CPU, with the reference loss and with the C++ one, in one run; and
-with glibc's memory as it is and kept, in processes that take turns.
+"""A whole training step of the CPU recipes, with the reference loss and with the C++ loss, in one run; and with glibc's default
+memory handling and with kept memory, in processes that take turns.
 
-`pytest --benchmark benchmarks/bench_step.py`: views of noise, labels, forward, backward, update, by the trainer's own step, in
-bfloat16 where the processor multiplies it. Loading is left out: it runs beside the step.
+Run it with `pytest --benchmark benchmarks/bench_step.py`. The trainer's own step runs on views of noise with labels: forward,
+backward and update, in bfloat16 if the processor supports it. Loading is not included: it runs in the background.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .conftest import interleaved
 
 
 def stepper(config: Config, size: int, implementation: str = "auto"):
-    """A step of a new network on views of noise."""
+    """Return a function that takes a step of a new network on views of noise."""
     precision, _ = choose_precision(TrainingConfig(amp=True), torch.device("cpu"))
     torch.manual_seed(0)
     views = torch.randn(2 * config.training.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -58,7 +58,7 @@ def test_step(table, recipe, size, codes) -> None:
 
 
 def median_step(recipe: str, size: int, kept: bool) -> float:
-    """Milliseconds, in a process that has done nothing else."""
+    """Return the milliseconds of a step, in a process that has done nothing else. kept: keep freed memory."""
     if kept:
         assert keep_host_memory(torch.device("cpu"))
     step = stepper(validate(load_recipe(recipe)), size)

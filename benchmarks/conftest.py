@@ -1,4 +1,4 @@
-"""How benchmarks measure: interleaved runs and their medians, the peak of memory, one table and one JSON file a module."""
+"""Tools of the benchmarks: interleaved runs and their medians, peak memory, a table and a JSON file for each module."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, one after the other in every round, so that all see the same machine.
+    """Return the median seconds of each function; every round runs all of them in turn, so that all see the same machine.
 
-    Each runs twice and the second is timed: the first pays for returning its predecessor's memory to the system (8 ms of a step
-    of 7 ms after one of eager's) and for its own first touch of new pages, as a training step does not.
+    Each function runs twice, and the second run is timed. The first one pays for returning its predecessor's memory to the system
+    (8 ms for a step of 7 ms after an eager step) and for touching new pages for the first time, as no training step does.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
@@ -39,9 +39,10 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def extra_peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that `function` adds at its peak, its freed scratch included; None where Linux does not tell.
+    """Return the bytes of resident memory that `function` adds at its peak, including scratch memory that it frees.
 
-    Run it once before: what the extension then keeps for the thread's next call is counted as well.
+    None if the system does not provide this number. Call `function` once before: the scratch memory that the extension keeps for
+    the thread's next call is counted, too.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -56,7 +57,7 @@ def extra_peak_memory(function: Callable[[], object]) -> int | None:
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """One call, by the clock of the GPU if there is one, else the host's."""
+    """Return the milliseconds of one call, by the GPU's clock if there is a GPU, else by the host's."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         function()
@@ -70,7 +71,7 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
-    """What one call adds to the memory of the GPU if there is one, else to resident memory, at its peak."""
+    """Return the bytes that one call adds at its peak to the GPU's memory if there is a GPU, else to resident memory."""
     if not torch.cuda.is_available():
         return extra_peak_memory(function)
     torch.cuda.synchronize()
@@ -82,7 +83,7 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
 
 
 def as_graph(function: Callable[[], object]) -> Callable[[], object]:
-    """`function` captured as a CUDA graph."""
+    """Capture `function` as a CUDA graph and return a function that replays it."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -102,8 +103,10 @@ def _status(field: str) -> int:
 
 
 class Table:
-    """Rows of one benchmark file, printed when it is done; written as JSON with --benchmark-write as they come, so that what was
-    measured before an interruption stays."""
+    """The rows of one benchmark file, printed when it is done.
+
+    With --benchmark-write each row is written as JSON at once, so that an interruption loses nothing.
+    """
 
     def __init__(self, machine: dict[str, object], path: Path | None) -> None:
         self.machine, self.path = machine, path
@@ -127,7 +130,7 @@ class Table:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, in one line; None where it is not there or fails."""
+    """Return the output of a command; None if the command does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):

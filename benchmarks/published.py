@@ -1,8 +1,8 @@
-"""The published way to train: torchvision's transforms on PIL images in DataLoader workers, and the step in plain eager PyTorch.
+"""The published way to train: torchvision's transforms on PIL images in DataLoader workers, and a step in plain eager PyTorch.
 
-The same recipe as `cifar10.toml` (ResNet-18 with the published stem, tanh projector to f = 2048, c = 16384, Adam, float16 mixed
-precision with a GradScaler, online probe), one view after the other through the network, a dense float32 dictionary. Nothing of
-falcon_fast is in it but the numbers of the recipe.
+The recipe is that of `cifar10.toml`: ResNet-18 with the published stem, tanh projector to f = 2048, c = 16384, Adam, float16
+mixed precision with a GradScaler, online probe. The views go through the network one after the other, and the dictionary is dense
+float32. It uses nothing of falcon_fast except the numbers of the recipe.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TwoViews(Dataset):
 
 
 def loaded(dataset: TwoViews, batch: int, workers: int) -> Iterator[list[torch.Tensor]]:
-    """Batches without end, each epoch shuffled, from workers that stay."""
+    """Yield batches without end, shuffled in each epoch, from persistent workers."""
     loader = DataLoader(
         dataset, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=True, persistent_workers=True
     )
@@ -62,7 +62,7 @@ def loaded(dataset: TwoViews, batch: int, workers: int) -> Iterator[list[torch.T
 
 
 def resnet18() -> nn.Module:
-    """With the published stem for small images."""
+    """Return ResNet-18 with the published stem for small images."""
     network = timm.create_model("resnet18", num_classes=0)
     network.conv1 = nn.Conv2d(3, 64, 3, 1, 2, bias=False)
     network.maxpool = nn.Identity()
@@ -72,7 +72,7 @@ def resnet18() -> nn.Module:
 def stepper(
     device: torch.device, f: int, c: int, tau: float, lr: float, classes: int, autocast: torch.dtype | None
 ) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-    """A function that takes a step on a batch (view 1, view 2, labels) and returns its loss, on the device."""
+    """Return a function that takes a step on a batch (view 1, view 2, labels) and returns its loss, on the device."""
     backbone = resnet18()
     network = nn.Sequential(backbone, nn.Linear(backbone.num_features, f), nn.BatchNorm1d(f), nn.Tanh()).to(device)
     probe = nn.Linear(backbone.num_features, classes).to(device)

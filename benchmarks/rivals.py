@@ -1,6 +1,6 @@
-"""What the kernels are measured against: the published arithmetic, plain eager PyTorch, and a chunked version for a compiler.
+"""The rivals of the kernels: the published arithmetic, plain eager PyTorch, and a chunked version for a compiler.
 
-Each takes embeddings h1, h2 (N, f) that require gradient, a dense dictionary w (f, c) of -1 and +1 and the temperature, and
+Each takes embeddings h1 and h2 (N, f) that require gradients, a dense dictionary w (f, c) of -1 and +1, and the temperature. It
 returns the loss and both gradients (beta = 1, reverse prior).
 """
 
@@ -20,7 +20,7 @@ def _logits(h: torch.Tensor, w: torch.Tensor, tau: float) -> torch.Tensor:
 
 
 def published_loss(h1: torch.Tensor, h2: torch.Tensor, w: torch.Tensor, tau: float) -> torch.Tensor:
-    """The published code's arithmetic: every term forms its softmax anew, and pbar and its logarithm outside the log domain."""
+    """Compute the loss as the published code does: every term computes its own softmax, and pbar is not in the log domain."""
     z1, z2 = _logits(h1, w, tau), _logits(h2, w, tau)
     c = w.shape[1]
 
@@ -35,7 +35,7 @@ def published_loss(h1: torch.Tensor, h2: torch.Tensor, w: torch.Tensor, tau: flo
 
 
 def eager_loss(h1: torch.Tensor, h2: torch.Tensor, w: torch.Tensor, tau: float) -> torch.Tensor:
-    """The same loss with each softmax formed once, in the log domain."""
+    """Compute the same loss with each softmax computed once, in the log domain."""
     log_p1, log_p2 = (F.log_softmax(_logits(h, w, tau).float(), dim=1) for h in (h1, h2))
     n, c = log_p1.shape
     log_pbar1, log_pbar2 = (torch.logsumexp(log_p, 0) - math.log(n) for log_p in (log_p1, log_p2))
@@ -45,7 +45,7 @@ def eager_loss(h1: torch.Tensor, h2: torch.Tensor, w: torch.Tensor, tau: float) 
 
 
 def with_gradient(loss: Callable[..., torch.Tensor], autocast: torch.dtype | None = None) -> Callable[..., Result]:
-    """`loss` forward and backward by autograd, under autocast if asked."""
+    """Return a function that computes `loss` and its gradients by autograd, under autocast if a dtype is given."""
 
     def run(h1: torch.Tensor, h2: torch.Tensor, w: torch.Tensor, tau: float) -> Result:
         with torch.autocast(h1.device.type, dtype=autocast, enabled=autocast is not None):
@@ -57,12 +57,12 @@ def with_gradient(loss: Callable[..., torch.Tensor], autocast: torch.dtype | Non
 
 
 # ---- chunks of codes, for torch.compile ---------------------------------------------------------------------------------
-# The three sweeps of the kernels in PyTorch, with the gradient written out: nothing of the size N x c is kept. A compiler fuses
-# what follows each product.
+# The three sweeps of the kernels in PyTorch, with the gradient written out: nothing of size N x c is kept. A compiler fuses the
+# operators after each product.
 
 
 def _row_statistics(z: torch.Tensor, other: torch.Tensor, state: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Running maximum, sum of exp(z - m) and of exp(z - m) (z_other - m_other) of a view: (3, N), with the other view's."""
+    """Update a view's running maximum m, sum of exp(z - m), and sum of exp(z - m) (z_other - m_other): (3, N)."""
     m = torch.maximum(state[0], z.amax(1))
     m_other = torch.maximum(others[0], other.amax(1))
     e = torch.exp(z - m[:, None])
@@ -77,7 +77,7 @@ def rows_step(z1, z2, state1, state2):
 
 
 def columns_step(z1, z2, lse1, lse2, log_n: float, log_c: float):
-    """log pbar of the chunk's codes, its part of the prior and of a, for both views."""
+    """Return log pbar of the chunk's codes and the chunk's part of the prior and of a, for both views."""
     out = []
     for z, lse in ((z1, lse1), (z2, lse2)):
         log_p = z - lse[:, None]
@@ -88,7 +88,7 @@ def columns_step(z1, z2, lse1, lse2, log_n: float, log_c: float):
 
 
 def gradient_step(z1, z2, state1, state2, g1, g2, a1, a2):
-    """2 N dZ of the chunk for both views."""
+    """Return 2 N dZ of the chunk, for both views."""
     y1, y2 = z1 - state1[0][:, None], z2 - state2[0][:, None]
     p1, p2 = y1.exp() / state1[1][:, None], y2.exp() / state2[1][:, None]
     x1, x2 = state1[2] / state1[1], state2[2] / state2[1]
@@ -98,8 +98,8 @@ def gradient_step(z1, z2, state1, state2, g1, g2, a1, a2):
 
 
 def chunked(chunk: int, compiled: bool, half: bool) -> Callable[..., Result]:
-    """Loss and gradient over chunks of codes; `half`: products of float16 operands."""
-    # Fixed shapes: the last chunk, if shorter, is one more compilation.
+    """Return a function that computes loss and gradients over chunks of codes. half: products of float16 operands."""
+    # Fixed shapes: a shorter last chunk needs one more compilation.
     steps = [torch.compile(f, dynamic=False) if compiled else f for f in (rows_step, columns_step, gradient_step)]
     rows, columns, gradient = steps
 

@@ -1,4 +1,4 @@
-"""What many tests share."""
+"""Fixtures and settings that many tests share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-# Before anything imports triton: without a GPU its kernels run on CPU tensors, in Python.
+# This must happen before anything imports triton: without a GPU its kernels then run on CPU tensors, in Python.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A slow or busy machine is no error, and a failing example found there must be found everywhere.
+# No deadlines: a slow or busy machine is no error. And no random examples: a failure on one machine must appear on all.
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("everywhere")
 
@@ -23,9 +23,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference vectors and real images that lie beside the repository on some machines."""
+    """Reference vectors and real images, which some machines have next to the repository."""
     if not SHARED.is_dir():
-        pytest.skip("no ../shared beside the repository")
+        pytest.skip("there is no folder ../shared")
     return SHARED
 
 
@@ -36,7 +36,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Manifests of a test stay in the test."""
+    """Each test writes its manifests to a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 

@@ -1,1 +1,1 @@
-"""The machine: which device a run uses, what it could reach, what a step costs in FLOP, its precision, and the host's memory."""
+"""The machine: the device that a run uses, its peak rates, the FLOP of a step, the precision, and the host's memory."""

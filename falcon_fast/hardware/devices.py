@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Find the device that a run uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from falcon_fast.errors import UsageError
 
 
 def find_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` ... as a device that is there. Raises UsageError otherwise."""
+    """Return the device that `name` stands for: `auto`, `cpu`, `cuda`, `cuda:1` ...
+
+    Raises:
+        UsageError: the name is not known, or the machine does not have this device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,13 +26,13 @@ def find_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are visible; try --device cpu"
+            f"device {name!r} does not exist: {torch.cuda.device_count()} CUDA devices are visible; try --device cpu"
         )
     return device
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the processor's model name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

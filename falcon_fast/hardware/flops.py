@@ -1,10 +1,10 @@
-"""How many FLOP a training step is worth: counted from the operators of the network's forward and backward, nothing computed.
+"""Count the FLOP of a training step from the operators of the network's forward and backward passes, without computing anything.
 
-One multiply-add is 2 FLOP; matrix products, convolutions and attention count, what goes element by element does not. They are the
-model's FLOP: what a kernel computes anew to save memory (flash attention's logits, the streaming plan's) is not counted, so that
-a share of a device's peak says how well it is used. Throughout falcon_fast the loss is worth its floor: 8 N f c, each view's
-logits and their gradient formed once, N images a view; with Hadamard codes, whose product is a fast transform, 4 N c log2 f.
-The online probe is left out.
+One multiply-add is 2 FLOP. Matrix products, convolutions and attention are counted; element-wise operators are not. The count is
+the model's FLOP: what a kernel recomputes to save memory (the logits of flash attention or of the streaming plan) is not counted,
+so that the share of a device's peak says how well the device is used. Everywhere in falcon_fast the loss counts as its minimum:
+8 N f c for N images per view, where each view's logits and their gradient are computed once; with Hadamard codes, whose product
+is a fast transform, 4 N c log2 f. The online probe is not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from falcon_fast.config import Config
 
 
 class StepFlops(NamedTuple):
-    """FLOP of one step over all processes: forward and backward of the network, and of the loss."""
+    """FLOP of one step over all processes, forward and backward: of the network and of the loss."""
 
     network: float
     loss: float
@@ -37,9 +37,9 @@ class StepFlops(NamedTuple):
 
 @contextmanager
 def without_storage(module: nn.Module) -> Iterator[nn.Module]:
-    """A copy of `module` whose parameters and buffers have shapes and no memory, and a mode in which all new tensors are alike.
+    """Yield a copy of `module` whose parameters and buffers have shapes but no memory; tensors created inside have none either.
 
-    On the CPU as far as anyone can see, so that autocast acts as in training.
+    All of them claim to be on the CPU, so that autocast acts as in training.
     """
     mode = FakeTensorMode()
     tensors = (*module.parameters(), *module.buffers())
@@ -48,10 +48,10 @@ def without_storage(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def network_flops(network: nn.Module, images: int, size: int) -> float:
-    """FLOP of forward and backward for `images` images (3, size, size), whose own gradient nobody needs.
+    """Return the FLOP of forward and backward for `images` images (3, size, size), without the gradient of the images.
 
-    network: gives (features, embeddings), the gradient is of the latter; it is not touched. A projector with kernels of its own
-        counts by PyTorch's layers, which multiply as much.
+    network: returns (features, embeddings); the backward pass starts from the embeddings. The network is not changed. A projector
+        with its own kernels is counted as PyTorch's layers, which have the same number of multiplications.
     """
     with without_storage(network) as fake, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         _, embeddings = fake.train()(torch.empty(images, 3, size, size))
@@ -60,12 +60,12 @@ def network_flops(network: nn.Module, images: int, size: int) -> float:
 
 
 def loss_flops(n: int, f: int, c: int, codes: str) -> float:
-    """The loss's floor for `n` images a view (see above)."""
+    """Return the minimum FLOP of the loss, forward and backward, for `n` images per view (see the module's docstring)."""
     return 4.0 * n * c * math.log2(f) if codes == "hadamard" else 8.0 * n * f * c
 
 
 def step_flops(config: Config, network: nn.Module, size: int) -> StepFlops:
-    """FLOP of a step of the whole batch, views of `size` pixels a side, in however many parts it is taken."""
+    """Return the FLOP of a step over the whole batch, over all processes and micro-batches. size: side of a view, pixels."""
     images, loss = config.training.batch_size, config.loss
     return StepFlops(
         network_flops(network, 2 * images, size),

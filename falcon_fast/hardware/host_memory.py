@@ -1,4 +1,4 @@
-"""The host's memory during training on a CPU: freed blocks are kept for the next step."""
+"""Keep freed host memory for the next step during training on a CPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_host_memory(device: torch.device) -> bool:
-    """For training on a CPU: what tensors leave is kept for the next ones, to the end of the process. False where it cannot be.
+    """Tell the C library to keep the memory of freed tensors for the next ones, until the process ends; only for a CPU.
 
-    glibc takes blocks of 32 MiB and more from the system each time and gives them back, and the system clears every page anew:
-    a step of the cifar10-resnet8 recipe took 1.16 times as long (1.4 on a busy machine), one of the digits 1.12
-    (benchmarks/bench_step.py), with 6 % less memory at the peak.
+    Return False if nothing was changed: on another device, or if the C library does not support it.
+
+    By default glibc requests blocks of 32 MiB and more from the system each time and returns them, and the system clears every
+    page again. A step of the cifar10-resnet8 recipe then took 1.16 times as long (1.4 on a busy machine), a step of the digits
+    recipe 1.12 times (benchmarks/bench_step.py), with 6 % less memory at the peak.
     """
     if device.type != "cpu":
         return False

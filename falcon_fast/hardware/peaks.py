@@ -29,7 +29,7 @@ def known_rate(device: torch.device, precision: Precision) -> float | None:
 
 
 class Measured(NamedTuple):
-    """FLOP/s of torch's own matrix product, its side and dtype; bytes/s of a copy, reading and writing."""
+    """Measured rates: FLOP/s of torch's own matrix product, with its side and dtype; bytes/s of a copy, read plus written."""
 
     rate: float
     side: int
@@ -38,7 +38,10 @@ class Measured(NamedTuple):
 
 
 def measure(device: torch.device, precision: Precision) -> Measured:
-    """Time a product in the run's dtype (8192^3 on a GPU, 2048^3 on a CPU) and a copy of 1 GiB (256 MiB); the fastest of 5."""
+    """Time a matrix product in the run's dtype and a copy; each is the fastest of five.
+
+    The product is 8192^3 on a GPU and 2048^3 on a CPU, the copy 1 GiB and 256 MiB.
+    """
     gpu, dtype = device.type == "cuda", precision.autocast or torch.float32
     side = 8192 if gpu else 2048
     return Measured(
@@ -60,7 +63,7 @@ def _bandwidth(size: int, device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The fastest of five times that `work` takes, after two that warm up: what else the machine does only adds to it."""
+    """Return the fastest of five runs of `work`, after two to warm up: other load on the machine can only make a run slower."""
     found = []
     for _ in range(7):
         synchronize(device)
@@ -72,6 +75,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; a CPU has done its work."""
+    """Wait until a GPU has finished its work; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""In which precision a run multiplies: autocast, scaled gradients, TF32; and what a device makes of what was asked for.
+"""The precision of a run's products: autocast, scaled gradients, TF32; and what a device supports of what was asked for.
 
-Parameters, moments, reductions, embeddings and the loss are float32 in every one of them; fp16 and bf16 are of autocast alone,
-and end where the projector begins. Its output is float32 and never bfloat16, whose embeddings alone cost the loss's gradient
-5e-3 to 2e-2 (`FalconProjector`).
+Parameters, moments, reductions, embeddings and the loss are float32 in all of them. fp16 and bf16 apply to autocast only, which
+ends where the projector begins. The projector's output is float32 and never bfloat16: bfloat16 embeddings alone give the loss's
+gradient an error of 5e-3 to 2e-2 (`FalconProjector`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from falcon_fast.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run does, in the words of `training.precision`, but for `auto`.
+    """The precision that a run uses: one of the values of `training.precision` except `auto`.
 
     Attributes:
-        name: float32, tf32, bf16 or fp16, as the device can.
-        asked: False where nobody asked, and torch's switches for float32 products stay as they are.
+        name: float32, tf32, bf16 or fp16, as the device supports it.
+        asked: False if no precision was asked for; torch's switches for float32 products then stay as they are.
     """
 
     name: str = "float32"
@@ -30,27 +30,30 @@ class Precision:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The dtype of autocast; None without."""
+        """The dtype of autocast; None without autocast."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
 
     def scaler(self, device: torch.device) -> torch.amp.GradScaler | None:
-        """For float16, whose gradients would vanish below 6e-8 unscaled; None for the others. Its state lies on `device`."""
+        """Return the gradient scaler for float16, whose unscaled gradients below 6e-8 would vanish; None for other precisions.
+
+        Its state is on `device`.
+        """
         if self.name != "fp16":
             return None
         scaler = torch.amp.GradScaler(device.type)
-        scaler.scale(torch.zeros((), device=device))  # makes the state, which a checkpoint may be about to fill
+        scaler.scale(torch.zeros((), device=device))  # creates the state, which a checkpoint may restore
         return scaler
 
     @contextmanager
     def switches(self) -> Iterator[None]:
-        """Inside, cuDNN tries its algorithms, once a shape; and float32 products and convolutions on a GPU are TF32 or are not,
-        where that was asked for.
+        """Set torch's switches for the time of the context, and restore them afterwards.
 
-        Left alone, torch 2.11 to 2.14 takes the algorithm that a heuristic names, multiplies matrices in float32 and convolves in
-        TF32.
+        cuDNN tries its algorithms once for each shape. If float32 or tf32 was asked for, products and convolutions on a GPU use
+        exactly that. Without these switches torch 2.11 to 2.14 lets a heuristic choose the algorithm, multiplies matrices in
+        float32 and computes convolutions in TF32.
         """
         asked = self.asked and self.name in ("float32", "tf32")
-        # Not the newer torch.backends.*.fp32_precision: after it, whoever reads one of these gets a RuntimeError ("mix of the
+        # Not the newer torch.backends.*.fp32_precision: after it is set, reading one of these raises a RuntimeError ("mix of the
         # legacy and new APIs").
         cudnn = torch.backends.cudnn
         before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
@@ -72,10 +75,10 @@ class Precision:
 
 
 def choose_precision(config: TrainingConfig, device: torch.device) -> tuple[Precision, tuple[str, ...]]:
-    """The precision of a run on a device, and lines for the user where that is not what was asked for.
+    """Return the precision of a run on a device, and a line for the user if this is not what was asked for.
 
-    A CPU multiplies bfloat16 and float16 only where it does so natively: emulated, both were slower than float32 (float16
-    6 times, a convolution on two cores).
+    On a CPU bfloat16 and float16 are used only if the CPU supports them natively: emulated, both were slower than float32
+    (float16 by a factor of 6, for a convolution on two cores).
     """
     asked = config.precision
     option = f"--precision {asked}"
@@ -91,10 +94,10 @@ def choose_precision(config: TrainingConfig, device: torch.device) -> tuple[Prec
 
 
 def _lacking(name: str, device: torch.device) -> str | None:
-    """Why a device does not multiply in this precision; None where it does."""
+    """Return the reason why a device does not support a precision; None if it does."""
     if device.type == "cpu":
         if name == "tf32":
-            return "TF32 is of NVIDIA GPUs from Ampere on"
+            return "TF32 needs an NVIDIA GPU, Ampere or newer"
         if name == "bf16" and not native_bfloat16():
             return "this CPU has no native bfloat16 products"
         if name == "fp16" and not native_float16():
@@ -109,11 +112,11 @@ def _native_on_gpu() -> bool:
 
 
 def native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    # Not torch.cpu.get_capabilities(), which is newer than the oldest torch supported.
+    """Check whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    # Not torch.cpu.get_capabilities(): the oldest supported torch does not have it.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def native_float16() -> bool:
-    """Whether this CPU multiplies float16 in hardware (AVX-512 FP16, AMX FP16, or Arm's), as oneDNN sees it."""
+    """Check whether this CPU multiplies float16 in hardware (AVX-512 FP16, AMX FP16 or Arm's), according to oneDNN."""
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

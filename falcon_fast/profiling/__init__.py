@@ -1,1 +1,1 @@
-"""Where the time of a step goes: measured, explained, and predicted for a GPU that is not there."""
+"""Where the time of a step goes: measured, explained, and predicted for a GPU that this machine does not have."""

@@ -1,4 +1,4 @@
-"""A run's steps timed and explained on the machine that is there: throughput, phases, memory, utilisation, what limits them."""
+"""Time a run's steps on this machine and explain them: throughput, phases, memory, utilisation, and what limits the steps."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from falcon_fast.training.run import Run, seed_process
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found: seconds, bytes, FLOP and FLOP/s.
+    """The result of a profile, in seconds, bytes, FLOP and FLOP/s.
 
     Attributes:
-        images: of a step, over all processes.
-        timings: of this process's steps and phases.
-        flop: of a step, over all processes; None where they cannot be counted.
-        sheet: FLOP/s of one device by its data sheet, None where that is not known; measured: what was reached here.
+        images: images per step, over all processes.
+        timings: this process's steps and phases.
+        flop: FLOP of a step, over all processes; None if they cannot be counted.
+        sheet: FLOP/s of one device by its data sheet; None if the device is not known.
+        measured: the rates that one device reached here.
     """
 
     images: int
@@ -54,23 +55,23 @@ class Profile:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOP utilisation: of the data sheet's peak where that is known, else of the measured one."""
+        """Model FLOP utilisation: the share of the data sheet's peak if it is known, else of the measured rate."""
         return self._share(self.sheet or self.measured.rate)
 
     @property
     def mfu_of_measured(self) -> float | None:
-        """The same, of the rate of a matrix product here."""
+        """Model FLOP utilisation as a share of the rate that a matrix product reached here."""
         return self._share(self.measured.rate)
 
     @property
     def images_per_second(self) -> tuple[float, float, float]:
-        """Median, 20th and 80th percentile of the steps."""
+        """Images/s of the median step, then the 20th and the 80th percentile of images/s."""
         fast, slow = phases.spread(self.timings.steps)
         median = statistics.median(self.timings.steps)
         return self.images / median, self.images / slow, self.images / fast
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return all figures by name, for JSON."""
         median, low, high = self.images_per_second
         timings, measured = self.timings, self.measured
         return {
@@ -96,13 +97,13 @@ class Profile:
 
 
 def profile(run: Run, count: int, say: Callable[[str], None], trace_file: Path | None = None) -> Profile:
-    """Take training steps of `run` as `train` would, `count` of them timed, and forget them. All processes together.
+    """Take training steps of `run` as `train` would, and time `count` of them; nothing is kept. All processes call this together.
 
-    trace_file: where process 0 leaves three steps of torch's profiler as a Chrome trace.
+    trace_file: the file to which process 0 writes three steps of torch's profiler as a Chrome trace.
 
     Raises:
-        UsageError: bad data, a network that cannot be compiled, a trace that cannot be written.
-        TrainingError: not enough memory; another process is gone.
+        UsageError: the data are bad, the network cannot be compiled, or the trace cannot be written.
+        TrainingError: there is not enough memory, or another process has ended.
     """
     if trace_file is not None:
         with run.processes.together():
@@ -123,7 +124,7 @@ def profile(run: Run, count: int, say: Callable[[str], None], trace_file: Path |
         timings = phases.measure(run, steps, count)
         if trace_file is not None:
             phases.trace(run, steps, lambda found: _write(found, trace_file) if run.processes.main else None)
-    with run.processes.together():  # the others wait: on a CPU they would share it
+    with run.processes.together():  # the other processes wait: on a CPU they would compete
         measured = peaks.measure(run.device, run.precision) if run.processes.main else None
     measured = run.processes.from_main(measured)
     assert measured is not None
@@ -168,17 +169,17 @@ def _write(found: torch.profiler.profile, path: Path) -> None:
 
 
 def _network(found: dict[str, float]) -> float | None:
-    """Seconds of forward and backward, where they are told apart from the loss."""
+    """Return the seconds of forward and backward; None if they are not told apart from the loss."""
     return found["forward"] + found["backward"] if "loss" in found else None
 
 
 def _counted(run: Run, measured: peaks.Measured, say: Callable[[str], None]) -> tuple[StepFlops | None, Bound | None]:
-    """The FLOP of a step, and the seconds that this process's network needs at the measured rates."""
+    """Return the FLOP of a step, and the seconds that this process's network needs at the measured rates."""
     try:
         network = per_view_batchnorm(build_network(run.config, run.source.size))
         flop = step_flops(run.config, network, run.source.size)
         traced = trace(network, 2 * images_at_once(run), run.source.size, run.amp_dtype)
-    except Exception as error:  # whatever an operator does that cannot work without numbers
+    except Exception as error:  # anything that an operator raises because its tensors hold no numbers
         say(f"the FLOP of {run.config.model.name} cannot be counted ({str(error).splitlines()[0][:200]}): no MFU")
         return None, None
     rates = Rates(*(measured.rate,) * 4, measured.bandwidth, launch=0.0)
@@ -187,7 +188,7 @@ def _counted(run: Run, measured: peaks.Measured, say: Callable[[str], None]) -> 
 
 
 def lines(run: Run, found: Profile) -> Iterator[str]:
-    """What to tell beside the table of phases."""
+    """Yield the lines that are printed below the table of phases."""
     median, low, high = found.images_per_second
     timings, measured = found.timings, found.measured
     memory = f"{timings.memory / 2**30:.2f} GiB" + ("" if run.device.type == "cuda" else " (of the process)")
@@ -203,7 +204,7 @@ def lines(run: Run, found: Profile) -> Iterator[str]:
         each = " of each device" if found.processes > 1 else ""
         yield (
             f"{_flop(found.flop.total)} a step (network {_flop(found.flop.network)}, loss {_flop(found.flop.loss)}): MFU {sheet}"
-            f"{found.mfu_of_measured:.1%} of the {measured.rate / 1e12:,.2f} TFLOP/s{each} that {product} reaches here"
+            f"{found.mfu_of_measured:.1%} of the {measured.rate / 1e12:,.2f} TFLOP/s{each} that {product} reached here"
         )
     yield f"limited by {found.diagnosis.sentence}"
 

@@ -1,18 +1,19 @@
-"""Where the time of real training steps goes.
+"""Measure where the time of real training steps goes.
 
-The steps are `training_step`'s own, watched by hooks: what a phase is called ends where the next begins.
+The steps are those of `training_step`, watched by hooks. A phase ends where the next one begins.
 
-    data            waiting for the loader's batch, its copy to the device included
-    photometric     colours, blur, normalisation, on the device; before them the crops of resident images
+    data            waiting for the loader's batch, including its copy to the device
+    photometric     colours, blur and normalisation on the device; before them the crops of resident images
     forward         the network: backbone and projector
-    loss            forward; the C++ and Triton losses form their gradient here
-    backward        the probe, the gradient, and what is done with it before the optimiser (its norm, clipping, unscaling)
-    communication   of DDP: what averaging the gradients adds to a step, found by leaving it out of every other step. All-reduces
-                    of synchronised BatchNorm and of the prior stay in forward, loss and backward, FSDP2's collectives likewise
+    loss            the loss, forward; the C++ and Triton losses compute their gradient here
+    backward        the probe, the gradient, and what happens to it before the optimizer (its norm, clipping, unscaling)
+    communication   DDP only: the time that averaging the gradients adds to a step, found by leaving it out of every other step.
+                    All-reduces of synchronised BatchNorm and of the prior stay in forward, loss and backward, and so do FSDP2's
+                    collectives
     optimizer       the update, and the average of the weights
 
-On a GPU the stamps are CUDA events, and nothing waits for them before the last step: a phase then is the time between two events
-on the device, idle or not. What a compiler or a CUDA graph has made one of cannot be told apart, and is one phase.
+On a GPU the time stamps are CUDA events, and nothing waits for them before the last step: a phase is the time between two events
+on the device, idle time included. Phases that a compiler or a CUDA graph has merged cannot be told apart and are one phase.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from falcon_fast.training.run import Run
 from falcon_fast.training.step import Learner, training_step
 from falcon_fast.training.stepper import stepper
 
-WARM_UP = 5  # steps; compilation ends with the second, the loader's queue is by then as full as it will be
-EXTRA = 10  # steps of a kind, for the time of the host and of communication
+WARM_UP = 5  # steps; compilation ends with the second step, and the loader's queue has filled by the fifth
+EXTRA = 10  # steps of each kind, to find the time of the host and of communication
 TRACED = 3
 PHASES = ("data", "photometric", "forward", "loss", "backward", "communication", "optimizer")
 
 
 class Watch:
-    """Stamps at the borders of phases, in a step as in the one before.
+    """Time stamps at the borders of phases, over several steps.
 
-    recording: also name the phases to torch's profiler, for a trace.
+    recording: also name the phases in torch's profiler, for a trace.
     """
 
     def __init__(self, device: torch.device, recording: bool = False) -> None:
@@ -52,7 +53,7 @@ class Watch:
         self._origin: Any = None
 
     def enter(self, phase: str) -> None:
-        """A phase begins here, and the one before it ends. Inside a compiled or captured part: nothing."""
+        """Begin a phase and end the one before it. Do nothing inside a compiled or captured part."""
         if torch.compiler.is_compiling() or (self._gpu and torch.cuda.is_current_stream_capturing()):
             return
         stamp = self._stamp()
@@ -67,12 +68,12 @@ class Watch:
             self._range.__enter__()
 
     def step(self) -> None:
-        """A step begins, with the wait for its data."""
+        """Begin a step, with the wait for its data."""
         self.enter("data")
         self._steps.append([])
 
     def stop(self) -> None:
-        """Nothing follows that would belong to a phase."""
+        """End the profiler's range of the last phase."""
         if self._range is not None:
             self._range.__exit__(None, None, None)
             self._range = None
@@ -85,7 +86,7 @@ class Watch:
         return event
 
     def seconds(self) -> list[dict[str, float]]:
-        """Of each step that is over: its phases' seconds. On a GPU the last event must have happened."""
+        """Return the seconds of each phase, for each finished step. On a GPU the last event must have completed."""
         found, before = [], self._origin
         for step in self._steps:
             phases: dict[str, float] = {}
@@ -100,7 +101,7 @@ class Watch:
 
 @contextmanager
 def watched(learner: Learner, watch: Watch) -> Iterator[None]:
-    """Inside, training steps of `learner` stamp forward (again, for a micro-batch), loss, backward and optimizer."""
+    """Inside the context, training steps of `learner` stamp forward (for each micro-batch), loss, backward and optimizer."""
     hooks = [
         learner.network.register_forward_pre_hook(lambda *_: watch.enter("forward")),
         learner.criterion.register_forward_pre_hook(lambda *_: watch.enter("loss")),
@@ -115,11 +116,14 @@ def watched(learner: Learner, watch: Watch) -> Iterator[None]:
 
 
 class Timings(NamedTuple):
-    """Seconds. What each step took; the mean of the phases over the middle steps (20th to 80th percentile), and of these steps.
+    """Measured times, in seconds, and memory.
 
     Attributes:
-        host: median of what the host takes to issue a step's work, without waiting for it; None on a CPU, which does it itself.
-        memory: bytes at the peak: allocated on a GPU; on a CPU of the whole process.
+        steps: the time of each step.
+        phases: the mean time of each phase over the middle steps, whose times lie between the 20th and the 80th percentile.
+        step: the mean time of the middle steps.
+        host: the median time in which the host issues a step's work without waiting for it; None on a CPU.
+        memory: bytes at the peak: allocated memory on a GPU, the memory of the whole process on a CPU.
     """
 
     steps: list[float]
@@ -130,7 +134,7 @@ class Timings(NamedTuple):
 
 
 class Steps:
-    """The steps of a run that nobody keeps: one after the other, at the peak learning rate, which does not change their time."""
+    """Training steps of a run, whose result is not kept. All use the peak learning rate, which does not change their time."""
 
     def __init__(self, run: Run, feed: Feed) -> None:
         self._run, self._feed = run, feed
@@ -138,7 +142,10 @@ class Steps:
         self._graphed = stepper(run.learner, feed.views_of, run.device, True) if graph else None
 
     def take(self, watch: Watch | None = None, synchronised: bool = True) -> float:
-        """One step; `synchronised`: with the gradients averaged over the processes. Returns the host's seconds after the data."""
+        """Take one step; return the host's seconds from the arrival of the data on.
+
+        synchronised: average the gradients over the processes.
+        """
         enter = watch.enter if watch else lambda phase: None
         if watch:
             watch.step()
@@ -159,12 +166,12 @@ class Steps:
 
 
 def needed(run: Run, count: int) -> int:
-    """Steps that `measure` and `trace` take in all."""
+    """Return the number of steps that `measure` and `trace` take together."""
     return WARM_UP + count + 3 * EXTRA + TRACED
 
 
 def measure(run: Run, steps: Steps, count: int) -> Timings:
-    """Time `count` steps, after some that warm up. All processes together; each has its own times."""
+    """Time `count` steps after the warm-up. All processes call this together, and each gets its own times."""
     device, watch = run.device, Watch(run.device)
     for _ in range(WARM_UP):
         steps.take()
@@ -197,7 +204,7 @@ def _middle(steps: list[dict[str, float]], totals: list[float]) -> list[dict[str
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """20th and 80th percentile, of the values themselves."""
+    """Return the 20th and the 80th percentile; both are members of `values`."""
     ordered = sorted(values)
     return ordered[int(0.2 * (len(ordered) - 1))], ordered[-1 - int(0.2 * (len(ordered) - 1))]
 
@@ -207,7 +214,7 @@ def _place(name: str) -> int:
 
 
 def _told_apart(phases: dict[str, float]) -> dict[str, float]:
-    """Named for what it is: a phase after which no next one began holds that, and all up to the next stamp."""
+    """Rename phases that cover more than one: if the next phase did not begin, a phase lasts until the next stamp."""
     if "loss" in phases:
         return phases
     if "forward" not in phases:  # a CUDA graph
@@ -222,14 +229,14 @@ def _host(run: Run, steps: Steps) -> float | None:
         return None
     found = []
     for _ in range(EXTRA):
-        synchronize(run.device)  # an empty queue: what is issued then is not held up by what came before
+        synchronize(run.device)  # with an empty queue, issuing work does not wait for earlier work
         found.append(steps.take())
     synchronize(run.device)
     return statistics.median(found)
 
 
 def _communication(run: Run, steps: Steps) -> float | None:
-    """Seconds that averaging the gradients adds to a step; None for one process and for FSDP2, which cannot do without."""
+    """Return the seconds that averaging the gradients adds to a step; None for one process and for FSDP2, which needs it."""
     if run.processes.group is None or run.sharded:
         return None
     found: dict[bool, list[float]] = {True: [], False: []}
@@ -250,7 +257,10 @@ def _resident() -> int:
 
 
 def trace(run: Run, steps: Steps, write: Callable[[torch.profiler.profile], None]) -> None:
-    """Three more steps under torch's profiler, their phases named, which `write` then gets. For one of the processes, or all."""
+    """Take three more steps under torch's profiler, with named phases, and pass the profiler to `write`.
+
+    All processes call this together.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if run.device.type == "cuda" else []
     watch = Watch(run.device, recording=True)

@@ -37,17 +37,25 @@ from falcon_fast.profiling.roofline import Rates, fused, trace
 
 PRODUCT, CONVOLUTION, BANDWIDTH = 0.8, 0.5, 0.8
 PASSES = 6
-BUCKET = 25 * 2**20  # bytes: DDP's own
+BUCKET = 25 * 2**20  # bytes, DDP's default
 
 MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1, "lars": 1}
-VIEW_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "svhn": 32}  # where data.size is 0; others 224
+VIEW_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "svhn": 32}  # pixels, if data.size is 0; other sources 224
 
 
 class Prediction(NamedTuple):
-    """Seconds of a step by phase, as `training.phases` names them; `launch` is what the device waits for the host.
+    """A predicted step.
 
-    images: of a step, over all processes.  memory: bytes on one GPU, of `capacity`.
-    mfu: of the data sheet's rate.
+    Attributes:
+        gpu, gpus: the GPU's name, and the number of GPUs.
+        images: images per step, over all GPUs.
+        size: side of a view, pixels.
+        phases: seconds of a step by phase, as in `profiling.phases`; `launch` is the time in which the device waits for the host.
+        plan: the loss's plan.
+        flop: FLOP of a step, over all GPUs.
+        mfu: model FLOP utilisation, a share of the data sheet's rate of all GPUs.
+        memory, capacity: bytes needed on one GPU, and the bytes it has.
+        limit: what limits the step, in words.
     """
 
     gpu: str
@@ -67,18 +75,19 @@ class Prediction(NamedTuple):
         return sum(self.phases.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: all of it, and what follows."""
+        """Return all fields, the step's time and its throughput, for JSON."""
         return self._asdict() | {"step_seconds": self.step, "images_per_second": self.images / self.step}
 
 
 def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
-    """The step of `config` on `gpus` GPUs of a kind (a100, h100, h200) in one machine.
+    """Predict the step of `config` on `gpus` GPUs in one machine. gpu: a100, h100 or h200.
 
     Raises:
-        UsageError: a kind without a model, or a batch that does not divide.
+        UsageError: the GPU is not in the table, the batch size does not divide, the strategy is FSDP2, or an operator of the
+            network cannot be counted.
     """
     if gpu not in DEVICES:
-        raise UsageError(f"no model of a GPU {gpu!r}: {nearest(gpu, DEVICES)}")
+        raise UsageError(f"there is no model of the GPU {gpu!r}: {nearest(gpu, DEVICES)}")
     training = config.training
     if training.batch_size % (gpus * training.accumulate):
         raise UsageError(
@@ -86,7 +95,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
             f"make it a multiple of {gpus * training.accumulate}"
         )
     if training.strategy == "fsdp":
-        raise UsageError("there is no model of FSDP2's communication: leave out --strategy fsdp")
+        raise UsageError("FSDP2's communication cannot be predicted: leave out --strategy fsdp")
     device, sheet = DEVICES[gpu], DEVICES[gpu].sheet
     half = _autocast(config)
     size = config.data.size or VIEW_SIZES.get(config.data.source, 224)
@@ -95,7 +104,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
     try:
         traced = trace(network, 2 * images, size, half)
         flop = step_flops(config, network, size).total
-    except Exception as error:  # whatever an operator does that cannot work without numbers
+    except Exception as error:  # anything that an operator raises because its tensors hold no numbers
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UsageError(f"the operators of {config.model.name} cannot be counted ({reason}): no prediction") from None
     operators = fused(traced.operators) if training.compile else traced.operators
@@ -143,14 +152,15 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
 
 
 def _autocast(config: Config) -> torch.dtype | None:
-    """What `choose_precision` takes on these GPUs, which have all of them."""
+    """Return the dtype of autocast that `choose_precision` chooses on these GPUs, which support all precisions."""
     name = config.training.precision
     name = ("bf16" if config.training.amp else "float32") if name == "auto" else name
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
 def _rates(config: Config, device: Device) -> Rates:
-    """Float32 convolutions are TF32 unless float32 is asked for, matrix products only where tf32 is (torch's switches)."""
+    """Return a device's rates. As torch's switches are set, float32 convolutions use TF32 unless float32 is asked for, and matrix
+    products use TF32 only if tf32 is asked for."""
     precision, reached = config.training.precision, device.reached
     tf32 = reached.half_products / 2
     return Rates(
@@ -163,7 +173,7 @@ def _rates(config: Config, device: Device) -> Rates:
 
 
 def _loss(config: Config, images: int, device: Device) -> planner.Candidate:
-    """The plan that the run would take."""
+    """Return the loss's plan that the run would use."""
     loss = config.loss
     shape, budget = (images, loss.embedding_dim, loss.num_codes, loss.codes, device), loss.memory_budget * 2**20 or None
     found = {candidate.name: candidate for candidate in planner.candidates(*shape, budget)}
@@ -173,11 +183,12 @@ def _loss(config: Config, images: int, device: Device) -> planner.Candidate:
 
 
 def _communication(network: nn.Module, size: int, backward: float, device: Device, gpus: int, config: Config) -> float:
-    """Seconds that all-reduces add: gradients of `size` bytes, BatchNorm's statistics each way, the prior's."""
+    """Return the seconds that all-reduces add: of gradients of `size` bytes, of BatchNorm's statistics (forward and backward) and
+    of the prior. backward: seconds of the backward pass over all micro-batches."""
     if gpus == 1:
         return 0.0
     factor = 2 * (gpus - 1) / gpus / device.reached.all_reduce
-    hidden = backward / config.training.accumulate  # the last micro-batch's
+    hidden = backward / config.training.accumulate  # the last micro-batch's backward pass
     gradients = max(factor * size - hidden, factor * min(size, BUCKET)) + ALL_REDUCE_LATENCY
     layers = sum(isinstance(layer, _BatchNorm) for layer in network.modules())
     small = 2 * layers * config.training.sync_batchnorm + 2 * (config.loss.prior_scope == "global")
@@ -185,11 +196,11 @@ def _communication(network: nn.Module, size: int, backward: float, device: Devic
 
 
 def _limit(phases: dict[str, float], compute: float, memory: float, ways: list[str]) -> str:
-    """The largest of what the step's parts are bound by, in words. ways: out of being bound by launches."""
+    """Return what limits the largest part of the step, in words. ways: what helps if this is launches."""
     how = " or ".join(ways)
     parts = {
-        f"launches: the host issues operators more slowly than the GPU works: {how}": phases["launch"],
-        "communication between the GPUs: a larger batch on each": phases["communication"],
+        f"launches: the host issues operators more slowly than the GPU executes them: use {how}": phases["launch"],
+        "communication between the GPUs: use a larger batch on each GPU": phases["communication"],
         "the loss": phases["loss"],
         "compute: the network's matrix products and convolutions": compute,
         "memory bandwidth: the network's other operators": memory + phases["photometric"] + phases["optimizer"],

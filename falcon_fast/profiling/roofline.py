@@ -1,9 +1,9 @@
-"""The operators of a network's step, and how long a device takes for them by their FLOP and bytes alone.
+"""List the operators of a network's step, and the time that a device needs for them, judged by their FLOP and bytes alone.
 
-Nothing is computed: forward and backward run on tensors without storage, and each operator that would start a kernel is noted
-with its FLOP (torch.utils.flop_counter's formulas) and the bytes of its inputs and outputs, each read or written once. An
+Nothing is computed: forward and backward run on tensors without storage, and each operator that would start a kernel is recorded
+with its FLOP (by the formulas of torch.utils.flop_counter) and the bytes of its inputs and outputs, each read or written once. An
 operator takes the longer of FLOP / rate and bytes / bandwidth (Williams, Waterman and Patterson 2009,
-doi 10.1145/1498765.1498785), and no less than a kernel's launch.
+doi 10.1145/1498765.1498785), and at least the time of a kernel launch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch.utils.flop_counter import flop_registry
 from falcon_fast.hardware.flops import without_storage
 from falcon_fast.kernels.gpu.devices import LAUNCH_SECONDS
 
-# They make a tensor of another's memory, or of none, without saying so in their schema.
+# They start no kernel: they return memory of another tensor, or uninitialised memory, and their schema does not say so.
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "device")
 
 
 class Operator(NamedTuple):
-    """One kernel or a few: FLOP (0 for what is no product), bytes, and whether it goes element by element.
+    """One operator, which is one kernel or a few.
 
-    half: a product of 16-bit numbers.
+    flop: 0 unless it is a product or a convolution.  bytes: of all inputs and outputs.  pointwise: whether it is element-wise.
+    half: whether its output is in 16 bits.
     """
 
     name: str
@@ -43,7 +44,10 @@ class Operator(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What forward and backward of a network do, and the bytes that forward keeps for backward, weights left out."""
+    """The operators of a network's forward and backward passes.
+
+    calls: number of operators that the host calls, views included.  kept: bytes that forward keeps for backward, without weights.
+    """
 
     operators: list[Operator]
     calls: int
@@ -51,7 +55,7 @@ class Trace(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What a device reaches: FLOP/s of matrix products in 16 bits, in float32, of convolutions in each; bytes/s."""
+    """The rates of a device: FLOP/s of matrix products and of convolutions, in 16 bits and in float32; bytes/s; launch time."""
 
     half: float
     float32: float
@@ -61,7 +65,7 @@ class Rates(NamedTuple):
     launch: float = LAUNCH_SECONDS
 
     def seconds(self, operator: Operator) -> tuple[float, float]:
-        """For its FLOP, and for its bytes."""
+        """Return the seconds that an operator needs for its FLOP, and for its bytes."""
         if operator.convolution:
             rate = self.half_convolution if operator.half else self.float32_convolution
         else:
@@ -69,7 +73,7 @@ class Rates(NamedTuple):
         return operator.flop / rate, operator.bytes / self.bandwidth
 
     def total(self, operators: list[Operator]) -> Bound:
-        """The operators one after the other."""
+        """Return the time of the operators, one after the other, by what limits each of them."""
         compute = memory = launch = 0.0
         for operator in operators:
             by_flop, by_bytes = self.seconds(operator)
@@ -83,7 +87,7 @@ class Rates(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """Seconds spent in operators that are limited by their FLOP, by their bytes, and by being launched at all."""
+    """Seconds spent in operators that are limited by their FLOP, by their bytes, and by the time of their launch."""
 
     compute: float
     memory: float
@@ -96,7 +100,7 @@ class Bound(NamedTuple):
 
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
         self.calls = 0
         self.backward = False
@@ -129,7 +133,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _is_view(func: Any) -> bool:
-    """Whether it returns memory that it was given and has not written to."""
+    """Check whether an operator only returns memory of its inputs, and does not write to it."""
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
@@ -139,12 +143,12 @@ def _is_float(x: Any) -> bool:
 
 
 def _bytes(x: torch.Tensor) -> int:
-    """Of what lies in memory: an expanded tensor is as large as what it was expanded from."""
+    """Return the bytes of a tensor in memory: an expanded tensor is as large as the tensor it was expanded from."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as one operator forward and one backward, as it runs on a GPU, whichever the CPU would take."""
+    """Record attention as one operator forward and one backward, as it runs on a GPU, whatever a CPU would use."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,13 +159,13 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def _kept_for_backward(weights: set[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """What autograd saves inside, by storage."""
+    """Yield the tensors that autograd saves inside the context, by storage. weights: storages that are left out."""
     kept: dict[int, torch.Tensor] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()._cdata
         if storage not in weights:
-            kept.setdefault(storage, x)  # held, so that no other gets its place
+            kept.setdefault(storage, x)  # kept alive, so that no other storage gets the same address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -169,9 +173,9 @@ def _kept_for_backward(weights: set[int]) -> Iterator[dict[int, torch.Tensor]]:
 
 
 def trace(network: nn.Module, images: int, size: int, autocast: torch.dtype | None) -> Trace:
-    """The operators of forward and backward for `images` images (3, size, size); `network` gives (features, embeddings).
+    """Return the operators of forward and backward for `images` images (3, size, size).
 
-    autocast: its dtype; None for float32.
+    network: returns (features, embeddings).  autocast: the dtype of autocast; None for float32.
     """
     recorder = _Recorder()
     with without_storage(network) as fake:
@@ -188,15 +192,15 @@ def trace(network: nn.Module, images: int, size: int, autocast: torch.dtype | No
         return Trace(recorder.operators, recorder.calls, sum(x.untyped_storage().nbytes() for x in kept.values()))
 
 
-# What a compiler takes into the kernel of its neighbours though it does not go element by element.
+# Operators that a compiler fuses with their neighbours although they are not element-wise.
 COPIES = ("cat", "stack", "clone", "copy_", "_to_copy")
 
 
 def fused(operators: list[Operator]) -> list[Operator]:
-    """As a compiler makes them: what goes element by element, or only copies, is of one kernel with what comes before it.
+    """Return the operators as a compiler would fuse them: one that is element-wise, or only copies, joins the operator before it.
 
-    Unless that is a product or a convolution, such an operator then only writes its result, a third of its bytes, and is no
-    launch of its own: an estimate, for it need not have taken what the one before it made.
+    This holds unless the operator before is a product or a convolution. A fused operator only writes its result, a third of its
+    bytes, and needs no launch of its own. This is an estimate: its input need not be the output of the operator before it.
     """
     found: list[Operator] = []
     for operator in operators:

@@ -59,8 +59,8 @@ def _is_function(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef)
 
 
-def copied(folder: Path, fault: Fault | None = None) -> Path:
-    """Copy the package to `folder`, the compiled extension included, with a fault or none."""
+def copied(folder: Path) -> Path:
+    """Copy the package to `folder`, the compiled extension included. Returns `folder`."""
     package = folder / "falcon_fast"
     unwanted = shutil.ignore_patterns("__pycache__", "*.cpp", "*.hpp")
     shutil.copytree(
@@ -70,10 +70,14 @@ def copied(folder: Path, fault: Fault | None = None) -> Path:
     if cpu_extension is not None:
         shutil.copy(cpu_extension.__file__, package / "kernels")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    if fault is not None:
-        inside = f"falcon_fast/{fault.file}" if fault.file.startswith("kernels/") else fault.file
-        path = folder / inside
-        path.write_text(path.read_text(encoding="utf-8").replace(fault.right, fault.wrong), encoding="utf-8")
+    return folder
+
+
+def with_fault(unchanged: Path, folder: Path, fault: Fault) -> Path:
+    """Copy the copy `unchanged` to `folder`, with a fault. Returns `folder`."""
+    shutil.copytree(unchanged, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / (f"falcon_fast/{fault.file}" if fault.file.startswith("kernels/") else fault.file)
+    path.write_text(path.read_text(encoding="utf-8").replace(fault.right, fault.wrong), encoding="utf-8")
     return folder
 
 
@@ -103,15 +107,15 @@ class Runs:
             if file not in self._healthy:
                 tests = sorted({other.test for other in faults if self._file(other) == file})
                 self._healthy[file] = self._pool.submit(run_tests, unchanged, tests)
-            self._faulty[fault.name] = self._pool.submit(self._with_fault, folder / str(number), fault)
+            self._faulty[fault.name] = self._pool.submit(self._run, unchanged, folder / str(number), fault)
 
     @staticmethod
     def _file(fault: Fault) -> str:
         return fault.test.split("::")[0]
 
     @staticmethod
-    def _with_fault(folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
-        done = run_tests(copied(folder, fault), [fault.test])
+    def _run(unchanged: Path, folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
+        done = run_tests(with_fault(unchanged, folder, fault), [fault.test])
         shutil.rmtree(folder)
         return done
 

@@ -1,4 +1,4 @@
-"""What a device makes of a precision; what reaches the loss in each; scaled gradients."""
+"""The precision that a device uses; the dtypes that reach the loss; scaled gradients."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
             False,
             True,
             "float32",
-            "--precision tf32: TF32 is of NVIDIA GPUs from Ampere on, training in float32",
+            "--precision tf32: TF32 needs an NVIDIA GPU, Ampere or newer, training in float32",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is said of made-up steps, each with one thing that limits it."""
+"""The sentence for made-up steps, each with one thing that limits it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_loader_that_is_waited_for():
 
 def test_gradients_that_are_waited_for():
     limit, sentence = found({"communication": 1.0})
-    assert limit == "communication" and "adds 50% of a step" in sentence and "--accumulate" in sentence
+    assert limit == "communication" and "takes 50% of a step" in sentence and "--accumulate" in sentence
 
 
 def test_a_host_that_is_too_slow():
@@ -50,7 +50,7 @@ def test_memory_and_arithmetic():
     done = found(facts=GPU._replace(bound=Bound(0.2, 0.4, 0.0), autocast=True, compiled=True)).sentence
     assert "--amp" not in done and "--compile" not in done
     limit, sentence = found(facts=GPU)
-    assert limit == "compute" and "62% of the network's time" in sentence and "--amp multiplies faster" in sentence
+    assert limit == "compute" and "62% of the network's time" in sentence and "--amp makes products faster" in sentence
 
 
 def test_a_large_loss_is_said():
