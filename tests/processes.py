@@ -18,7 +18,6 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.run import Run, prepare
 
-
 # Imported once, in the server that the processes are forked from: importing torch takes each process 5 s of a core otherwise.
 PRELOADED = [
     "torch.distributed.fsdp",
