@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Several workers (pytest -n) share the cores: one thread each, set before torch is imported. OpenMP's threads wait by spinning,
+# so that two workers with two threads each on two cores take several times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest

@@ -18,9 +18,29 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.run import Run, prepare
 
+# Imported once, in the server that the processes are forked from: importing torch takes each process 5 s of a core otherwise.
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "falcon_fast.training.trainer",
+    "tests.processes",
+]
 
-def _member(function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, arguments: tuple) -> None:
+
+def _member(
+    function: Callable[..., Any],
+    rank: int,
+    world: int,
+    store: str,
+    queue: Any,
+    environment: dict[str, str],
+    arguments: tuple,
+) -> None:
     try:
+        os.environ.clear()
+        os.environ.update(
+            environment
+        )  # the test's own, which the server that was started by an earlier test does not have
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -39,11 +59,12 @@ def in_processes(function: Callable[..., Any], world: int, folder: Path, *argume
     `function` is a module's, and what it takes and returns can be pickled (numpy rather than torch: tensors would share memory
     with processes that are gone).
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     queue = context.Queue()
     store = folder / f"store-{os.urandom(4).hex()}"
     processes = [
-        context.Process(target=_member, args=(function, rank, world, str(store), queue, arguments))
+        context.Process(target=_member, args=(function, rank, world, str(store), queue, dict(os.environ), arguments))
         for rank in range(world)
     ]
     for process in processes:
