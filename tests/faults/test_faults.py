@@ -1,17 +1,17 @@
 """Tests that can fail: every fault of `faults.py`, put into a copy of the package, turns its test red.
 
-`pytest -m slow tests/faults` runs them, a few minutes on two cores. The working tree is never changed.
+`pytest -m slow -n 2 tests/faults` runs them, in a few minutes on two cores. The working tree is never changed.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -94,55 +94,29 @@ def run_tests(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess
     return python(folder, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests)
 
 
-class Runs:
-    """Test runs in the background: each file's tests once on an unchanged copy, and each fault's test on its own copy."""
-
-    def __init__(self, faults: list[Fault], folder: Path) -> None:
-        self._pool = ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0))))
-        self._healthy: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
-        self._faulty: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
-        unchanged = copied(folder / "unchanged")
-        for number, fault in enumerate(faults):
-            file = self._file(fault)
-            if file not in self._healthy:
-                tests = sorted({other.test for other in faults if self._file(other) == file})
-                self._healthy[file] = self._pool.submit(run_tests, unchanged, tests)
-            self._faulty[fault.name] = self._pool.submit(self._run, unchanged, folder / str(number), fault)
-
-    @staticmethod
-    def _file(fault: Fault) -> str:
-        return fault.test.split("::")[0]
-
-    @staticmethod
-    def _run(unchanged: Path, folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
-        done = run_tests(with_fault(unchanged, folder, fault), [fault.test])
-        shutil.rmtree(folder)
-        return done
-
-    def healthy(self, fault: Fault) -> subprocess.CompletedProcess[str]:
-        return self._healthy[self._file(fault)].result()
-
-    def faulty(self, fault: Fault) -> subprocess.CompletedProcess[str]:
-        return self._faulty[fault.name].result()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package without a fault."""
+    return copied(tmp_path_factory.mktemp("unchanged"))
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    chosen = [item for item in request.session.items if getattr(item, "originalname", "") == "test_the_fault_is_found"]
-    runs = Runs([item.callspec.params["fault"] for item in chosen], tmp_path_factory.mktemp("faults"))  # type: ignore[attr-defined]
-    yield runs
-    runs.close()
+def without_fault(unchanged: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Run all tests of the list that are in a file on the unchanged copy, once for each file."""
+
+    @functools.cache
+    def run(file: str) -> subprocess.CompletedProcess[str]:
+        return run_tests(unchanged, sorted({fault.test for fault in FAULTS if fault.test.startswith(f"{file}::")}))
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_the_fault_is_found(fault: Fault, runs: Runs):
-    healthy = runs.healthy(fault)
+def test_the_fault_is_found(fault: Fault, unchanged: Path, without_fault, tmp_path: Path):
+    healthy = without_fault(fault.test.split("::")[0])
     assert healthy.returncode == 0 and "skipped" not in last_line(healthy), healthy.stdout + healthy.stderr
-    faulty = runs.faulty(fault)
+    faulty = run_tests(with_fault(unchanged, tmp_path / "faulty", fault), [fault.test])
     # 1: tests ran and failed; an error at collection or in a fixture is no test that found something.
     assert faulty.returncode == 1 and " failed" in last_line(faulty), (
         f"{fault.test} does not find this fault: {fault.why}\n{faulty.stdout}{faulty.stderr}"
