@@ -1,4 +1,4 @@
-"""The most that a device could reach: by its data sheet where its name is known (`kernels/gpu/devices.py`), or measured here.
+"""The most that a device could reach: by its data sheet where its name is known (`kernels/gpu/devices.py`), or as measured here.
 
 A data sheet's rate is not reached in practice: a library's matrix product reaches 0.7 to 0.9 of it, which `measure` shows.
 """

@@ -1,4 +1,4 @@
-"""Counted FLOP against those written out by hand."""
+"""Counted FLOP, compared with hand-computed ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return tokens, nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])
 
 
-def test_attention_counts_its_products_and_not_what_is_formed_anew():
+def test_attention_counts_its_products_and_not_what_is_recomputed():
     images, side = 4, 8
     width = 3 * side
     linear, products = 2 * images * side * width * 3 * width, 2 * (2 * images * side * side * width)

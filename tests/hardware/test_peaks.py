@@ -20,7 +20,7 @@ def test_only_gpus_of_the_table_are_known(monkeypatch):
         (Precision("fp16", True), 989e12),
         (Precision("tf32", True), 494e12),
         (Precision("float32", True), 67e12),
-        (Precision(), 494e12),  # nobody asked: convolutions are TF32
+        (Precision(), 494e12),  # no precision was asked for: convolutions use TF32
     ],
 )
 def test_the_rate_is_the_precisions(monkeypatch, precision, rate):

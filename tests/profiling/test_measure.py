@@ -1,4 +1,4 @@
-"""What is made of measured steps: figures worked out by hand, and the lines that a user reads."""
+"""The figures computed from measured steps, compared with hand-computed ones; and the lines that a user reads."""
 
 from __future__ import annotations
 

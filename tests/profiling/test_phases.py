@@ -1,4 +1,4 @@
-"""Phases of steps: by a made-up clock, and of real steps on the digits."""
+"""The phases of steps: by a fake clock, and of real steps on the digits."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_told_apart_is_one_phase(monkeypatch):
 
 
 class Scripted:
-    """Steps that take given seconds by a made-up clock, a quarter of them in each of four phases."""
+    """Steps of given lengths by a fake clock; each of four phases takes a quarter of a step."""
 
     def __init__(self, monkeypatch, seconds: list[float]) -> None:
         self._now, self._seconds = 0.0, iter(seconds)
@@ -134,7 +134,7 @@ class Scripted:
 
 
 def test_only_steps_after_the_warm_up_are_timed(monkeypatch):
-    """Warm-up steps take 1000 s; of the others the fastest and the slowest fifth are left out of the means."""
+    """Warm-up steps take 1000 s. The means leave out the steps below the 20th and above the 80th percentile."""
     timed = [4.0, 1.0, 8.0, 100.0, 2.0, 6.0, 3.0, 9.0, 7.0, 5.0]
     run = prepared()
     found = phases.measure(run, Scripted(monkeypatch, [1000.0] * phases.WARM_UP + timed), len(timed))

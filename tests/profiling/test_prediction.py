@@ -1,4 +1,4 @@
-"""Predicted steps: what must hold of any, for there is no device; and the throughputs that the estimates were set beside."""
+"""Predicted steps: properties that hold without a device, hand-computed phases, and the published throughputs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_precision_and_compilation_are_the_runs():
         return predict(configured("cifar10", training__batch_size=512, **changes), "a100")
 
     full, tf32, half = step(training__precision="float32"), step(training__precision="tf32"), step(training__amp=True)
-    assert full.step > step().step >= tf32.step > half.step  # without any, convolutions are TF32
+    assert full.step > step().step >= tf32.step > half.step  # if no precision is asked for, convolutions use TF32
     assert step(training__amp=True, training__compile=True).step < half.step
     assert half.memory < full.memory
 
@@ -107,7 +107,7 @@ def test_the_estimates_are_near_what_was_published(model, gpu, compiled, publish
     assert 256 / rates.total(fused(operators) if compiled else operators).seconds == pytest.approx(published, rel=0.15)
 
 
-# ---- numbers worked out by hand, of the digits recipe on A100s: 64 images of 16 px, AdamW, float32 ---------------------------
+# ---- hand-computed phases of the digits recipe on A100s: 64 images of 16 px, AdamW, float32 ---------------------------
 
 PARAMETERS = 340_896  # ResNet-8 of width 32 and a projector 128 -> 256, in float32
 LAYERS = 10  # with BatchNorm, the projector's included

@@ -1,4 +1,4 @@
-"""Operators of a small network, their FLOP and bytes by hand; and their time on a made-up device."""
+"""The operators of a small network, with hand-computed FLOP and bytes; and their time on an imaginary device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_autocast_halves_the_bytes_of_what_it_multiplies():
 
 
 @pytest.mark.parametrize(("recipe", "size"), [("cifar10", 32), ("imagenet100", 224)])
-def test_flop_are_those_counted_but_for_attention_formed_anew(recipe, size):
+def test_flop_equal_the_counted_ones_except_for_recomputed_attention(recipe, size):
     network = build_network(load_recipe(recipe), size)
     counted = network_flops(network, 4, size)
     traced = trace(network, 4, size, torch.bfloat16)
@@ -83,7 +83,7 @@ def test_a_compiler_puts_together_what_follows_on_no_product():
 
 
 class Expanded(Small):
-    """A bias of one number for all features, which lies in memory once however often it is read."""
+    """Adds one number to all features; it is in memory once, however often it is read."""
 
     def __init__(self) -> None:
         super().__init__()
