@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from falcon_fast.data.loaders.choose import choose_loader, training_batches
+from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.loaders.training import training_batches
 from falcon_fast.data.sources.images import read_image, reason_of, shown
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.data.views.photometric import augment
 from falcon_fast.data.views.sampling import Clock

@@ -15,7 +15,7 @@ from falcon_fast.config import DataConfig, load_recipe, override, validate
 from falcon_fast.data.sources import manifest
 from falcon_fast.data.sources.folders import image_paths
 from falcon_fast.data.sources.images import header, read_image
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.training.run import prepare
 
 from .images import damage, smooth, write_every_kind

@@ -27,84 +27,18 @@ import torch
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.dali_files import bitmap, encoded
+from falcon_fast.data.loaders.dali_pipeline import build_pipeline, regions, whole_image
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, reason_of
-from falcon_fast.data.views.crops import resized_crops
+from falcon_fast.data.views.crops_cpu import resized_crops
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.errors import TrainingError
 
 READ_AHEAD = 4  # steps, a thread each: files on a disk far away are read together
-PREFETCH = 2  # steps decoded ahead
-# Of nvJPEG's hardware decoder, where there is one: the share of a batch that it takes, the rest goes to CUDA. DALI's default.
-HW_DECODER_LOAD = 0.65
 
 
-def build_pipeline(
-    source: Any,
-    batch_size: int,
-    size: int,
-    device: torch.device,
-    threads: int,
-    hw_decoder_load: float = HW_DECODER_LOAD,
-) -> Any:
-    """The graph. With `threads` 0 and a device "cuda" without number only for `serialize()`, which checks it and needs no GPU.
-
-    source: called for each step, gives a list of B encoded files, uint8 (n,) each; on a GPU then the `regions`.
-    Outputs: on a GPU the two views, uint8 (B, S, S, 3); on a CPU the images, uint8 (H, W, 3) each. Last, on the CPU, the
-    images' shapes, int64 (B, 3).
-    """
-    from nvidia.dali import fn, pipeline_def, types
-
-    gpu = device.type == "cuda"
-
-    @pipeline_def
-    def graph() -> tuple[Any, ...]:
-        files, *corners = fn.external_source(source=source, num_outputs=5 if gpu else 1, batch=True)
-        decode = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if gpu else {"device": "cpu"}
-        # Fancy upsampling of the chroma: what libjpeg-turbo does for Pillow.
-        images = fn.decoders.image(files, output_type=types.DALIImageType.RGB, jpeg_fancy_upsampling=True, **decode)
-        if not gpu:
-            return images, images.shape()
-        views = (
-            fn.resize(
-                images,
-                size=[size, size],
-                roi_start=start,
-                roi_end=end,
-                interp_type=types.DALIInterpType.INTERP_CUBIC,
-                antialias=True,
-            )
-            for start, end in zip(corners[::2], corners[1::2], strict=True)
-        )
-        return (*views, images.shape())
-
-    return graph(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device.index if gpu else None,  # None: torch's current one, where an operator is a GPU's
-        prefetch_queue_depth=PREFETCH,
-    )
-
-
-def regions(boxes: np.ndarray, flips: np.ndarray) -> list[np.ndarray]:
-    """Where the regions begin and end, (y, x) in pixels: four float32 (B, 2), begin and end of view 1, then of view 2.
-
-    boxes: int64 (2, B, 4), top, left, height, width.  flips: bool (2, B).
-    """
-    top, left, height, width = np.moveaxis(boxes, 2, 0)
-    right = left + width
-    begin = np.stack([top, np.where(flips, right, left)], 2).astype(np.float32)
-    end = np.stack([top + height, np.where(flips, left, right)], 2).astype(np.float32)
-    return [begin[0], end[0], begin[1], end[1]]
-
-
-def _whole(device: torch.device) -> list[np.ndarray]:
-    """The regions of a single image that is only to be decoded."""
-    return [] if device.type == "cpu" else regions(np.array([[[0, 0, 1, 1]]] * 2), np.zeros((2, 1), bool))
-
-
-class _Prepared(NamedTuple):
+class _EncodedBatch(NamedTuple):
     """One step as the host prepared it."""
 
     plan: BatchPlan
@@ -121,8 +55,8 @@ class _Feeder:
     def __init__(self, loader: _Loader, steps: range) -> None:
         self.loader, self.ahead = loader, iter(steps)
         self.pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="falcon-fast-read")
-        self.reading: deque[Future[_Prepared | dict[int, str]]] = deque()
-        self.given: deque[_Prepared | dict[int, str]] = deque()  # to DALI, and not yet back from there
+        self.reading: deque[Future[_EncodedBatch | dict[int, str]]] = deque()
+        self.given: deque[_EncodedBatch | dict[int, str]] = deque()  # to DALI, and not yet back from there
         for _ in range(READ_AHEAD):
             self._read()
 
@@ -165,7 +99,7 @@ class _Loader:
         self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
         self.croppers = ThreadPoolExecutor(self.threads, thread_name_prefix="falcon-fast-crop")
 
-    def prepare(self, step: int) -> _Prepared | dict[int, str]:
+    def prepare(self, step: int) -> _EncodedBatch | dict[int, str]:
         plan = self.clock.at(step, self.rank, self.world)
 
         def load(index: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -177,7 +111,7 @@ class _Loader:
         sizes = np.array([size for _, size in share.images], np.int64)
         files = [data for data, _ in share.images]
         boxes = np.stack([crop_boxes(plan.geometry[view], sizes[:, 1], sizes[:, 0], self.rule) for view in range(2)])
-        return _Prepared(plan, files, share.indices, sizes, boxes, share.found)
+        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.found)
 
     def pipeline(self, source: Any) -> Any:
         return build_pipeline(source, self.clock.batch_size // self.world, self.size, self.device, self.threads)
@@ -194,13 +128,13 @@ class _Loader:
                 except StopIteration:  # raised in `_Feeder.__call__`
                     decoded, shapes = [], None
                 except RuntimeError as error:
-                    self.examine([each for each in feeder.given if isinstance(each, _Prepared)], error)
+                    self.examine([each for each in feeder.given if isinstance(each, _EncodedBatch)], error)
                     return
                 prepared = feeder.given.popleft()
                 # Instead of a step that met too many, all that any thread has found so far.
                 for index, reason in list((self.bad if isinstance(prepared, dict) else prepared.found).items()):
                     self.quarantine.add(index, reason)
-                assert isinstance(prepared, _Prepared)  # the quarantine has raised otherwise
+                assert isinstance(prepared, _EncodedBatch)  # the quarantine has raised otherwise
                 found = np.from_dlpack(shapes.as_tensor())[:, 1::-1]
                 if (changed := (found != prepared.sizes).any(1)).any():  # since the header was read
                     self.by_pillow |= set(prepared.indices[changed].tolist())
@@ -214,7 +148,7 @@ class _Loader:
         finally:
             feeder.close()
 
-    def views(self, decoded: list[Any], prepared: _Prepared) -> torch.Tensor:
+    def views(self, decoded: list[Any], prepared: _EncodedBatch) -> torch.Tensor:
         """Both views, uint8 (2 B, S, S, 3), from what the pipeline gave."""
         if self.device.type == "cuda":
             # The one copy: both views into one batch, which lets go of DALI's buffers.
@@ -222,7 +156,7 @@ class _Loader:
         images = [np.from_dlpack(decoded[0][i]) for i in range(len(prepared.files))]
         return resized_crops(images, prepared.boxes, prepared.plan.flips, self.size, self.croppers)
 
-    def examine(self, suspects: list[_Prepared], error: RuntimeError) -> None:
+    def examine(self, suspects: list[_EncodedBatch], error: RuntimeError) -> None:
         """Find the images of these steps that DALI cannot decode. Raises TrainingError if there are none."""
         before = len(self.bad) + len(self.by_pillow)
         for prepared in suspects:
@@ -242,22 +176,10 @@ class _Loader:
 
     def _decodes(self, data: np.ndarray) -> bool:
         try:
-            build_pipeline(lambda: ([data], *_whole(self.device)), 1, 1, self.device, 1).run()
+            build_pipeline(lambda: ([data], *whole_image(self.device)), 1, 1, self.device, 1).run()
         except RuntimeError:
             return False
         return True
-
-
-def why_not(device: torch.device) -> str | None:
-    """Why DALI cannot work on this device, in one line; None if it can. Decodes one pixel, in 0.1 s."""
-    pixel = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
-    try:
-        build_pipeline(lambda: ([pixel], *_whole(device)), 1, 1, device, 1).run()
-    except ModuleNotFoundError as error:
-        return f"{reason_of(error)}: pip install nvidia-dali-cuda130"
-    except Exception as error:  # a missing library, an old driver: ImportError, OSError, RuntimeError
-        return reason_of(error)
-    return None
 
 
 def training_batches(

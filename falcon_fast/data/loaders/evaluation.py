@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from falcon_fast.data.loaders.workers import _leave_signals_to_the_trainer
+from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
 from falcon_fast.data.sources.images import Images, Split, reason_of
-from falcon_fast.data.views.crops import fitted
+from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.errors import UsageError
 
 
@@ -25,7 +25,7 @@ class _Evaluated(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
-            return index, np.asarray(fitted(self.images.image(index), self.size))
+            return index, np.asarray(evaluation_view(self.images.image(index), self.size))
         except (
             Exception
         ) as error:  # Pillow raises whatever its decoders do; as it is, it would come as a worker's traceback
@@ -58,7 +58,7 @@ def evaluation_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_stack,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
     )
     some = not len(split.images)

@@ -25,8 +25,8 @@ from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, reason_of
 from falcon_fast.data.views.affine import warp
-from falcon_fast.data.views.crop_products import crop
-from falcon_fast.data.views.crops import fitted
+from falcon_fast.data.views.crops_torch import crop
+from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
 from falcon_fast.kernels import cpu_extension, why_no_triton
@@ -73,7 +73,7 @@ class _Epoch(NamedTuple):
     parameters: PhotometricTensors  # (T 2 n) rows
 
 
-class PlannedBatch(NamedTuple):
+class ViewInstructions(NamedTuple):
     """What the clock says of a step, on the device: with the resident images it is a batch.
 
     Attributes:
@@ -127,7 +127,7 @@ class ResidentImages:
                 return quarantine.bad[index]
             try:
                 image = images.image(index)
-                return np.asarray(fitted(image, self.size) if self.affine else image)
+                return np.asarray(evaluation_view(image, self.size) if self.affine else image)
             except Exception as error:  # Pillow raises whatever its decoders do
                 return reason_of(error)
 
@@ -164,7 +164,7 @@ class ResidentImages:
             return warp(images, geometry.flatten(0, 1), flips.flatten()).permute(0, 3, 1, 2)
         return crop(images.repeat(2, 1, 1, 1), geometry.flatten(0, 1), flips.flatten(), self.size)
 
-    def batch(self, planned: PlannedBatch) -> Batch:
+    def batch(self, planned: ViewInstructions) -> Batch:
         """The views and labels of a planned batch. No host value is read: a CUDA graph can hold it."""
         return Batch(
             step=planned.step,
@@ -219,7 +219,7 @@ def training_inputs(
     rank: int = 0,
     world_size: int = 1,
     quarantine: Quarantine | None = None,
-) -> tuple[Generator[PlannedBatch], Callable[[PlannedBatch], Batch]]:
+) -> tuple[Generator[ViewInstructions], Callable[[ViewInstructions], Batch]]:
     """The planned batches of `steps`, in order, and what makes batches of them, on `device`.
 
     Raises:
@@ -228,7 +228,7 @@ def training_inputs(
     quarantine = quarantine or Quarantine(split.images)
     resident = ResidentImages(split, size, clock.augmentation.affine is not None, device, quarantine)
 
-    def planned() -> Generator[PlannedBatch]:
+    def planned() -> Generator[ViewInstructions]:
         per_epoch, epoch = clock.steps_per_epoch, None
         for step in steps:
             if epoch is None or step // per_epoch != epoch.number:
@@ -238,6 +238,6 @@ def training_inputs(
             indices = epoch.indices[at]
             rows = slice(at * 2 * len(indices), (at + 1) * 2 * len(indices))
             parameters = PhotometricTensors(*(column[rows] for column in epoch.parameters))
-            yield PlannedBatch(step, indices, epoch.geometry[at], epoch.flips[at], parameters)
+            yield ViewInstructions(step, indices, epoch.geometry[at], epoch.flips[at], parameters)
 
     return planned(), resident.batch

@@ -8,7 +8,6 @@ changes nothing in it.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -18,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
+from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
 from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.augmentation import Augmentation
-from falcon_fast.data.views.crops import fitted, pillow_crop
+from falcon_fast.data.views.crops_cpu import pillow_crop
+from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
 
@@ -33,7 +34,7 @@ def auto_workers(augmentation: Augmentation) -> int:
     return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-class _Item(NamedTuple):
+class _LoadedBatch(NamedTuple):
     """One batch on its way from a worker."""
 
     views: torch.Tensor  # uint8 (2 B, S, S, 3)
@@ -52,13 +53,15 @@ class _StepBatches(Dataset):
         self.rank, self.world_size = rank, world_size
         self.bad, self.limit = bad, limit
 
-    def __getitem__(self, step: int) -> _Item | dict[int, str]:
+    def __getitem__(self, step: int) -> _LoadedBatch | dict[int, str]:
         plan = self.clock.at(step, self.rank, self.world_size)
         share = load_share(self.clock, plan, self.images.image, self.bad, self.limit)
         if isinstance(share, dict):
             return share
         make = _cropped if self.clock.augmentation.crop is not None else _warped
-        return _Item(make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.found)
+        return _LoadedBatch(
+            make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.found
+        )
 
 
 def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
@@ -79,18 +82,9 @@ def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Ten
     """uint8 (2 B, S, S, 3): the random affine map of each view."""
     rule = clock.augmentation.affine
     assert rule is not None
-    whole = torch.from_numpy(np.stack([np.asarray(fitted(image, size)) for image in images]))
+    whole = torch.from_numpy(np.stack([np.asarray(evaluation_view(image, size)) for image in images]))
     theta = torch.from_numpy(np.concatenate([affine_matrices(plan.geometry[view], rule) for view in range(2)]))
     return warp(whole, theta, torch.from_numpy(plan.flips.reshape(-1)))
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, and torchrun signals whole process groups; the trainer still needs its
-    batches to end the step and save.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked with the trainer's own handler
 
 
 def _as_is(item: object) -> object:
@@ -131,14 +125,14 @@ def training_batches(
         sampler=steps,
         num_workers=min(count, max(1, len(steps))) if count else 0,
         collate_fn=_as_is,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if count else None,
     )
     for step, item in zip(steps, loader, strict=True):
         for index, reason in (item if isinstance(item, dict) else item.found).items():
             quarantine.add(index, reason)
-        assert isinstance(item, _Item)  # a dictionary has more than the quarantine allows
+        assert isinstance(item, _LoadedBatch)  # a dictionary has more than the quarantine allows
         yield Batch(
             step=step,
             views=item.views.to(device, non_blocking=True).permute(0, 3, 1, 2),

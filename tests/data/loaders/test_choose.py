@@ -14,10 +14,11 @@ from rich.console import Console
 
 from falcon_fast.config import DataConfig, load_recipe, override, validate
 from falcon_fast.data.loaders import choose as loader
-from falcon_fast.data.loaders import dali
-from falcon_fast.data.loaders.choose import choose_loader, training_batches
+from falcon_fast.data.loaders import dali_pipeline
+from falcon_fast.data.loaders.choose import choose_loader
+from falcon_fast.data.loaders.training import training_batches
 from falcon_fast.data.sources.images import ImageArray, Source, Split
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
@@ -106,7 +107,7 @@ def test_a_dali_that_cannot_start_is_said_and_replaced(photos: Source, monkeypat
     with pytest.raises(UsageError, match=r"DALI cannot start: .*; use --loader workers"):
         choose_loader(DataConfig(loader="dali"), photos, CROPS, CPU)
     monkeypatch.undo()
-    assert dali.why_not(CPU) is None
+    assert dali_pipeline.why_not(CPU) is None
 
 
 @pytest.mark.parametrize("name", ["dali", "resident", "workers", "synthetic"])

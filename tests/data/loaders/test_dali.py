@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from falcon_fast.data.loaders import dali, workers
+from falcon_fast.data.loaders import dali, dali_pipeline, workers
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, read_image
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
@@ -127,7 +127,7 @@ def test_starting_later_and_other_numbers_of_ranks_change_nothing(photos: Split)
 
 def test_the_graph_for_a_gpu_is_sound() -> None:
     for device in ("cpu", "cuda"):
-        assert dali.build_pipeline(lambda: None, 4, 224, torch.device(device), 0).serialize()
+        assert dali_pipeline.build_pipeline(lambda: None, 4, 224, torch.device(device), 0).serialize()
 
 
 def test_stopping_early_leaves_no_threads(photos: Split) -> None:

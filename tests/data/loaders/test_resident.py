@@ -18,8 +18,8 @@ from falcon_fast.data.loaders import resident, workers
 from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split, header_size
-from falcon_fast.data.sources.open_source import open_source
-from falcon_fast.data.views import crop_products
+from falcon_fast.data.sources.opening import open_source
+from falcon_fast.data.views import crops_torch
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
@@ -100,7 +100,7 @@ def test_files_of_different_sizes_and_kinds(tmp_path: Path, crops: None) -> None
 
 def test_a_large_batch_is_cropped_in_parts(array_split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "cpu_extension", None)
-    monkeypatch.setattr(crop_products, "CHUNK", 32 * 32 * 3 * 7)
+    monkeypatch.setattr(crops_torch, "CHUNK", 32 * 32 * 3 * 7)
     check_same(array_split, "cifar-asymmetric", 12, 32, range(2))
 
 

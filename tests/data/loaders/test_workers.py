@@ -20,7 +20,7 @@ from falcon_fast.data.loaders.evaluation import evaluation_batches
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.workers import auto_workers, training_batches
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import Clock, affine_matrices, crop_boxes

@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from falcon_fast.config import DataConfig, load_recipe, recipe_names, validate
 from falcon_fast.data.sources.images import Source, Split
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.errors import UsageError
 

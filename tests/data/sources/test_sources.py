@@ -20,7 +20,7 @@ from PIL import Image
 from falcon_fast.config import DataConfig
 from falcon_fast.data.sources.cifar import CIFAR10_CLASSES
 from falcon_fast.data.sources.images import Source, Split, held_out, read_image
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.errors import UsageError
 
 

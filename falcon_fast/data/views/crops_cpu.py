@@ -56,25 +56,3 @@ def resized_crops(
     for _ in pool.map(both, range(len(images))):
         pass
     return torch.from_numpy(views.reshape(-1, size, size, 3))
-
-
-EVALUATION_CROP = 224 / 256  # of the short side, from this size up; smaller images are taken whole
-
-
-EVALUATION_CROP_FROM = 96
-
-
-def fitted(image, size: int):  # type: ignore[no-untyped-def]  # PIL.Image, which is imported where it is used
-    """The image as evaluation sees it: short side resized, centre cropped, to the pixel as torchvision's transforms do.
-
-    An image that has the size of a view already is taken as it is.
-    """
-    from PIL import Image
-
-    if image.size == (size, size):
-        return image
-    crop = EVALUATION_CROP if size >= EVALUATION_CROP_FROM else 1.0
-    width, height = (round(size / crop) * side // min(image.size) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
