@@ -253,7 +253,7 @@ def test_a_preview_of_the_digits_and_around_a_bad_file(photos: Path, tmp_path: P
         (["verify", "empty"], "no image in it"),
         (["verify", "file"], "not a folder"),
         (["pack", "photos", "photos/a/out"], "lies inside"),
-        (["pack", "photos", "file"], "file cannot be made: File exists"),
+        (["pack", "photos", "file"], "file cannot be created: File exists"),
         (["preview", "photos", "-o", "x.jpg"], "ends in .png"),
         (["preview", "photos", "-o", "x.png", "--size", "1000000"], "give a smaller --size"),
         (["preview", "photos", "-o", "x.png", "--loader", "synthetic"], "shows no images"),

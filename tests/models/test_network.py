@@ -245,7 +245,7 @@ def test_a_backbone_without_one_vector_an_image(output: str, monkeypatch: pytest
     import timm
 
     monkeypatch.setattr(timm, "create_model", lambda *_a, **_k: Odd(output))
-    with pytest.raises(UsageError, match="not one vector an image"):
+    with pytest.raises(UsageError, match="not one vector per image"):
         build_backbone(ModelConfig("resnet18", stem="imagenet"), 8)
 
 

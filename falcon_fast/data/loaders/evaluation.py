@@ -1,4 +1,4 @@
-"""The images as evaluation sees them: each once, in order, resized and centred, without augmentation."""
+"""Batches for evaluation: each image once, in order, resized and centre cropped, without augmentation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from falcon_fast.errors import UsageError
 
 
 class _Evaluated(Dataset):
-    """Item i is image i as evaluation sees it, uint8 (S, S, 3), or why it cannot be decoded."""
+    """Item i is the evaluation view of image i, uint8 (S, S, 3), or the reason why it cannot be decoded."""
 
     def __init__(self, images: Images, size: int) -> None:
         self.images, self.size = images, size
@@ -26,9 +26,7 @@ class _Evaluated(Dataset):
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
             return index, np.asarray(evaluation_view(self.images.image(index), self.size))
-        except (
-            Exception
-        ) as error:  # Pillow raises whatever its decoders do; as it is, it would come as a worker's traceback
+        except Exception as error:  # Pillow's decoders raise many types; a worker would show their tracebacks
             return index, reason_of(error)
 
 
@@ -46,12 +44,18 @@ def evaluation_batches(
     workers: int = 0,
     bad: dict[int, str] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield the split's images once, in order, centred and without augmentation: uint8 (<= batch_size, 3, S, S), channels_last.
+    """Yield the evaluation views of a split's images, each once and in order: uint8 (<= batch_size, 3, S, S), channels_last.
 
-    bad: takes the images that cannot be decoded, number -> reason, which are then left out.
+    Args:
+        split: the images; labels are ignored.
+        size: side S of a view in pixels.
+        device: where the batches are put.
+        batch_size: images per batch; the last batch may be smaller.
+        workers: worker processes that decode; 0 to decode in this process.
+        bad: receives the images that cannot be decoded, number -> reason; they are left out of the batches.
 
     Raises:
-        UsageError: an image cannot be decoded and `bad` is None; the message names the file.
+        UsageError: an image cannot be decoded and `bad` is None (the message names the file), or no image can be decoded.
     """
     loader = DataLoader(
         _Evaluated(split.images, size),
@@ -65,10 +69,10 @@ def evaluation_batches(
     for images, found in loader:
         for index, reason in found.items():
             if bad is None:
-                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): mend or remove it")
+                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): repair or remove it")
             bad[index] = reason
         if images is not None:
             some = True
             yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     if not some:
-        raise UsageError(f"none of {len(split.images)} images can be decoded: is the disk still there?")
+        raise UsageError(f"none of {len(split.images)} images can be decoded: check that the disk is still mounted")

@@ -1,8 +1,8 @@
-"""The DataLoader loader: worker processes decode and crop by the clock's numbers and yield two uint8 views on the device.
+"""The loader of PyTorch worker processes: they decode and crop as the clock says and yield two uint8 views on the device.
 
-One item of the underlying data set is one whole batch, and its index is the step: the sampler is a range of steps. So there
-is no epoch boundary at which workers start anew, resuming is a range that starts later, and which worker makes a batch
-changes nothing in it.
+One item of the underlying data set is one whole batch, and its index is the step; the sampler is a range of steps. Therefore the
+workers do not restart between epochs, a resumed run only needs a range that starts later, and it does not matter which
+worker makes a batch.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParamet
 
 
 def auto_workers(augmentation: Augmentation) -> int:
-    """How many worker processes suit this machine: none where a batch is one tensor operation, else all cores but one."""
+    """Return the number of worker processes that suits this machine.
+
+    It is 0 if a batch is one tensor operation (affine maps), else one less than the number of cores, at least 1 and at most 16.
+    """
     if augmentation.affine is not None:
         return 0
     return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 class _LoadedBatch(NamedTuple):
-    """One batch on its way from a worker."""
+    """One batch as a worker process hands it over: decoded and cropped, on the host."""
 
     views: torch.Tensor  # uint8 (2 B, S, S, 3)
     parameters: PhotometricParameters
     indices: np.ndarray
-    found: dict[int, str]  # images that turned out bad
+    found: dict[int, str]  # bad images that were not known before, number -> reason
 
 
 class _StepBatches(Dataset):
-    """Item `step` is the batch of that step; or, where more images than `limit` are bad, only which were found."""
+    """Item `step` is the batch of that step; or, if more than `limit` images are bad, only the bad images that were found."""
 
     def __init__(
         self, images: Images, clock: Clock, size: int, rank: int, world_size: int, bad: dict[int, str], limit: int
@@ -65,7 +68,7 @@ class _StepBatches(Dataset):
 
 
 def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
-    """uint8 (2 B, S, S, 3): the random resized crop of each view, antialiased bicubic, mirrored where the clock says so."""
+    """Return the random resized crop of each view, bicubic, mirrored where the clock says so: uint8 (2 B, S, S, 3)."""
     rule = clock.augmentation.crop
     assert rule is not None
     width = np.array([image.width for image in images])
@@ -79,7 +82,7 @@ def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Te
 
 
 def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
-    """uint8 (2 B, S, S, 3): the random affine map of each view."""
+    """Return the random affine map of each view: uint8 (2 B, S, S, 3)."""
     rule = clock.augmentation.affine
     assert rule is not None
     whole = torch.from_numpy(np.stack([np.asarray(evaluation_view(image, size)) for image in images]))
@@ -88,7 +91,7 @@ def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Ten
 
 
 def _as_is(item: object) -> object:
-    """Instead of DataLoader's conversion, which would turn the parameters into tensors here and again on the device."""
+    """Return the item unchanged, because `to_tensors` converts it later; for DataLoader's `collate_fn`."""
     return item
 
 
@@ -106,12 +109,12 @@ def training_batches(
     """Yield the batches of `steps`, in order, on `device`.
 
     Args:
-        split: images and labels; labels only ride along.
-        clock: which image, which crop, which jitter at each step.
+        split: images and labels; the labels are only passed on.
+        clock: decides which image, which crop and which jitter each step sees.
         size: side S of a view in pixels.
-        workers: worker processes; -1 for what suits the machine (`auto_workers`).
-        rank, world_size: this process's share of the global batch.
-        quarantine: the bad images known so far, to which new ones are added; a new one, kept nowhere, if None.
+        workers: number of worker processes; -1 for the number that suits the machine (`auto_workers`).
+        rank, world_size: select this process's share of the global batch.
+        quarantine: the bad images known so far; new ones are added to it. If None, a new quarantine that is not saved.
 
     Raises:
         UsageError: more images are bad than the quarantine allows; the message names one.
@@ -132,7 +135,7 @@ def training_batches(
     for step, item in zip(steps, loader, strict=True):
         for index, reason in (item if isinstance(item, dict) else item.found).items():
             quarantine.add(index, reason)
-        assert isinstance(item, _LoadedBatch)  # a dictionary has more than the quarantine allows
+        assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
         yield Batch(
             step=step,
             views=item.views.to(device, non_blocking=True).permute(0, 3, 1, 2),

@@ -1,8 +1,8 @@
-"""Regions of decoded images resized on the CPU: antialiased bicubic, Pillow's filter.
+"""Resize regions of decoded images on the CPU with Pillow's antialiased bicubic filter, in C++ or with Pillow itself.
 
-In C++ to the bit what Pillow makes, first along rows and then along columns. Microseconds for one region of 300 x 350 to
-224 x 224 on one core: C++ 190 (AVX-512), torch's uint8 kernel 290 and 250 more to mirror it, Pillow 1170, DALI's CPU operator
-3360.
+The C++ kernels make the same pixels as Pillow, bit for bit, resizing first along rows and then along columns. Microseconds for
+one region of 300 x 350 resized to 224 x 224 on one core: C++ 190 (AVX-512), torch's uint8 kernel 290 plus 250 to mirror the
+result, Pillow 1170, DALI's CPU operator 3360.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 
 def pillow_crop(image: Image, box: Sequence[int], flip: bool, size: int) -> np.ndarray:
-    """One view by Pillow, the reference: uint8 (S, S, 3).  box: top, left, height, width."""
+    """Make one view with Pillow, the reference: uint8 (S, S, 3).
+
+    box: top, left, height, width, in pixels.  flip: mirror left to right.
+    """
     from PIL import Image
 
     top, left, rows, columns = box
-    # Cropped before resizing, as torchvision does: resize(box=...) would let pixels outside the box bleed in.
+    # Crop before resizing, as torchvision does: with resize(box=...) pixels outside the box would bleed in.
     region = image.crop((left, top, left + columns, top + rows))
-    # Rows, then columns, as Pillow did before 13, which begins with the columns where that is cheaper: in a dithered picture,
-    # whose overshoots are cut in between, that moved a pixel by 3 levels.
+    # Rows first, then columns, as Pillow did before version 13. Pillow 13 begins with the columns where that is cheaper. On a
+    # dithered picture, whose overshoots are clipped between the passes, this changed a pixel by 3 levels.
     wide = region.resize((size, rows), Image.Resampling.BICUBIC)
     pixels = np.asarray(wide.resize((size, size), Image.Resampling.BICUBIC))
     return pixels[:, ::-1] if flip else pixels
@@ -38,7 +41,9 @@ def pillow_crop(image: Image, box: Sequence[int], flip: bool, size: int) -> np.n
 def resized_crops(
     images: Sequence[np.ndarray], boxes: np.ndarray, flips: np.ndarray, size: int, pool: Executor
 ) -> torch.Tensor:
-    """Both views of all images: uint8 (2 B, S, S, 3), view 1 first; without the C++ kernels by Pillow, in the pool's threads.
+    """Return both views of all images: uint8 (2 B, S, S, 3), view 1 first.
+
+    Without the C++ kernels, Pillow makes them in the threads of `pool`.
 
     images: B of uint8 (H, W, 3).  boxes: int64 (2, B, 4), top, left, height, width.  flips: bool (2, B), mirror left to right.
     """

@@ -169,7 +169,7 @@ def test_train_and_test(tmp_path: Path) -> None:
     assert source.train.labels is not None and source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert source.test.labels is not None and source.test.labels.tolist() == [0, 0, 1, 1]
     assert source.test.labels.dtype == np.int64
-    assert source.notes == ("beside train/, left out: val",)
+    assert source.notes == ("not used, because there is a folder train/: val",)
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])
@@ -203,7 +203,7 @@ def test_a_folder_that_happens_to_be_called_train_does_not_hide_the_others_in_si
     for c in ("train", "bus", "plane"):
         for i in range(5):
             save(tmp_path / c / f"{i}.png")
-    assert "beside train/, left out: bus, plane" in folder(tmp_path).notes
+    assert "not used, because there is a folder train/: bus, plane" in folder(tmp_path).notes
 
 
 def test_no_split_holds_out_a_tenth_of_each_class(image_folder: Path) -> None:
@@ -306,7 +306,7 @@ def test_what_is_passed_over_is_said(image_folder: Path) -> None:
     Image.new("RGB", (20, 20)).save(image_folder / "light" / "moving.gif")
     notes = folder(image_folder).notes
     assert "4 files left out by extension (.txt .csv none)" in notes
-    assert any(note.startswith("1 file is no readable image") and "moving.gif" in note for note in notes)
+    assert any(note.startswith("1 file is not a readable image") and "moving.gif" in note for note in notes)
 
 
 def test_a_folder_that_cannot_be_listed_is_counted(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_without_the_extension_it_runs_eagerly_and_says_so(monkeypatch: pytest.M
     images, p, lines = photos(4), to_tensors(drawn(4, EVERYTHING), "cpu"), []
     views = photometric_stage(EVERYTHING, "auto", lines.append)(images, p, MEAN, STD)
     assert torch.equal(views, augment(images, p, MEAN, STD, EVERYTHING))
-    missing = "the C++ kernels were not built, no C++ compiler at installation"
+    missing = "the C++ kernels were not built: there was no C++ compiler at installation"
     assert lines == [f"the augmentations run in PyTorch, more slowly: {missing}"]
     with pytest.raises(UsageError, match="kernels were not built"):
         photometric_stage(EVERYTHING, "cpu")
