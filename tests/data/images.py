@@ -1,8 +1,10 @@
-"""What the tests of all loaders share: comparing batches, and image files of every kind."""
+"""Helpers of the tests of the data: compare batches, write image files of every kind, damage them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -39,6 +41,21 @@ def joined(parts: list[Batch]) -> Batch:
     parameters = type(parts[0].parameters)(*(both([p.parameters[k] for p in parts]) for k in range(5)))
     labels = torch.cat([part.labels for part in parts if part.labels is not None])
     return Batch(parts[0].step, both([part.views for part in parts]), parameters, labels)
+
+
+def assert_no_workers_left() -> None:
+    end = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not multiprocessing.active_children()
+
+
+def torchvisions(image: Image.Image, size: int, crop: int) -> np.ndarray:
+    """The evaluation view by torchvision: short side `size`, then the centre `crop`."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    transform = v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(crop)])
+    return np.asarray(transform(image))
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:

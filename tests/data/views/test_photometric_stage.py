@@ -10,7 +10,7 @@ from falcon_fast.data.views.photometric import augment, to_tensors
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import UsageError
 
-from .test_photometric import EVERYTHING, MEAN, STD, drawn, photos
+from .colours import EVERYTHING, MEAN, STD, drawn, photos
 
 CUDA = torch.device("cuda")
 

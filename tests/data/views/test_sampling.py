@@ -30,20 +30,12 @@ from falcon_fast.data.views.sampling import (
 )
 from falcon_fast.errors import UsageError
 
+from .colours import EVERYTHING
+
 GOLDEN = 0x9E3779B97F4A7C15
 # Every choice there is, each as likely as not.
-HALF = Augmentation(
-    name="half",
-    crop=CropRule(),
-    flip_probability=0.5,
-    jitter_probability=0.5,
-    brightness=0.8,
-    contrast=0.8,
-    saturation=0.8,
-    hue=0.5,
-    gray_probability=0.5,
-    blur_probability=(0.5, 0.5),
-    solarize_probability=(0.5, 0.5),
+HALF = dataclasses.replace(
+    EVERYTHING, flip_probability=0.5, jitter_probability=0.5, gray_probability=0.5, solarize_probability=(0.5, 0.5)
 )
 
 
