@@ -208,7 +208,7 @@ def _mixture_spread(x: np.ndarray, components: int, seed: int) -> float:
         mixture.fit(x)
     samples, _ = mixture.sample(MONTE_CARLO_SAMPLES)
     entropy = -float(mixture.score_samples(samples).mean())
-    return entropy / x.shape[1] - 0.5 * math.log(2 * math.pi * math.e)
+    return entropy / int(x.shape[1]) - 0.5 * math.log(2 * math.pi * math.e)
 
 
 def _code_spread(x: np.ndarray, assignments: np.ndarray) -> float:
@@ -234,7 +234,8 @@ def _project(x: np.ndarray, seed: int) -> np.ndarray:
     width = x.shape[1]
     gaussian = np.random.default_rng(seed).standard_normal((width, min(width, MIXTURE_DIMENSIONS)))
     x = (x - x.mean(axis=0, dtype=np.float64)) @ np.linalg.qr(gaussian)[0]
-    return x / x.std(axis=0)
+    scaled: np.ndarray = x / x.std(axis=0)
+    return scaled
 
 
 def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:

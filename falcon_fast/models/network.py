@@ -55,7 +55,8 @@ class ResNet8(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stages(self.stem(x)).mean((2, 3))
+        features: torch.Tensor = self.stages(self.stem(x))
+        return features.mean((2, 3))
 
 
 def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:

@@ -77,7 +77,7 @@ def sixteen_bit_png(pixels: np.ndarray) -> bytes:
 
 
 def write_every_kind(root: Path, width: int = 61, height: int = 45) -> list[Path]:
-    """One image of each kind that the loaders must show alike, 36 files."""
+    """Write 36 files, one image of each kind; all loaders must make the same pixels of them."""
     root.mkdir(parents=True, exist_ok=True)
     image = smooth(width, height)
     gray, pixels = image.convert("L"), np.asarray(image)

@@ -145,7 +145,7 @@ def test_each_row_is_its_own_networks_and_each_figure_its_own_measures(source, t
 def test_the_probe_and_the_vote_learn_from_the_training_split_alone():
     random = np.random.RandomState(1)
     features, labels = random.randn(90, 20).astype(np.float32), random.randint(0, 3, 90)
-    # Noise: who has seen the test labels knows them, who has not guesses.
+    # Noise: only a classifier that has seen the test labels can know them.
     train, test = split(labels[:60]), split(labels[60:])
     found = scores(features[:60], features[60:], train, test, 3, CPU)
     assert max(found["probe"], found["knn"]) < 0.7

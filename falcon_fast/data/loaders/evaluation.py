@@ -14,7 +14,7 @@ from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.errors import UsageError
 
 
-class _Evaluated(Dataset):
+class _Evaluated(Dataset[tuple[int, np.ndarray | str]]):
     """Item i is the evaluation view of image i, uint8 (S, S, 3), or the reason why it cannot be decoded."""
 
     def __init__(self, images: Images, size: int) -> None:

@@ -63,7 +63,7 @@ def required_bytes(images: Images) -> int | None:
     if isinstance(images, ImageArray):
         return images.pixels.nbytes
     if isinstance(images, ImageFiles) and images.sizes is not None:
-        width, height = np.array(images.sizes).max(0).tolist()
+        width, height = (int(side) for side in np.array(images.sizes).max(0))
         return len(images) * width * height * 3
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from falcon_fast.data.views.crops_cpu import pillow_crop
 from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def auto_workers(augmentation: Augmentation) -> int:
@@ -46,7 +49,7 @@ class _LoadedBatch(NamedTuple):
     found: dict[int, str]  # bad images that were not known before, number -> reason
 
 
-class _StepBatches(Dataset):
+class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
     """Item `step` is the batch of that step; or, if more than `limit` images are bad, only the bad images that were found."""
 
     def __init__(
@@ -67,7 +70,7 @@ class _StepBatches(Dataset):
         )
 
 
-def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
+def _cropped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
     """Return the random resized crop of each view, bicubic, mirrored where the clock says so: uint8 (2 B, S, S, 3)."""
     rule = clock.augmentation.crop
     assert rule is not None
@@ -81,7 +84,7 @@ def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Te
     return torch.from_numpy(views.reshape(-1, size, size, 3))
 
 
-def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
+def _warped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
     """Return the random affine map of each view: uint8 (2 B, S, S, 3)."""
     rule = clock.augmentation.affine
     assert rule is not None

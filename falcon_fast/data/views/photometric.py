@@ -115,7 +115,8 @@ def _normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def _gray(x: Tensor) -> Tensor:
     """Return the luma of (N, 3, H, W): (N, 1, H, W)."""
-    red, green, blue = x.split(1, dim=1)
+    planes: tuple[Tensor, ...] = x.split(1, dim=1)
+    red, green, blue = planes
     return GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
 
 

@@ -23,7 +23,7 @@ def test_verify_prints_the_bad_ones_and_nothing_else(photo_folder: Path, data) -
     assert data("verify", photo_folder) == (0, [], "")
     assert {
         path: path.read_bytes() for path in photo_folder.rglob("*") if path.is_file()
-    } == before  # nothing beside the data
+    } == before  # nothing was written into the data folder
     victims = {
         photo_folder / "a/02.jpg": "truncated",
         photo_folder / "b/03.jpg": "empty",

@@ -62,7 +62,7 @@ def test_the_digits_are_moved_about_and_nothing_else() -> None:
 
 
 def test_no_value_is_asked_of_the_device() -> None:
-    # Meta tensors have no values: whatever asked for one on the host would raise.
+    # Meta tensors have no values, so reading one on the host would raise.
     images = torch.empty(4, 16, 16, 3, dtype=torch.uint8, device="meta")
     theta, flips = torch.empty(8, 2, 3, device="meta"), torch.empty(8, dtype=torch.bool, device="meta")
     assert warp(images, theta, flips).shape == (8, 16, 16, 3)

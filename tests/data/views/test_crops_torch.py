@@ -30,7 +30,7 @@ def test_any_region_is_pillows(sides: tuple[int, int], size: int, flip: bool, se
 
 
 def test_no_value_is_asked_of_the_device() -> None:
-    # Meta tensors have no values: whatever asked for one on the host would raise.
+    # Meta tensors have no values, so reading one on the host would raise.
     def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -150,7 +150,7 @@ def test_to_tensors_keeps_every_value() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    # Meta tensors have no values: whatever asked for one on the host would raise.
+    # Meta tensors have no values, so reading one on the host would raise.
     images, p = photos(8).to("meta"), to_tensors(drawn(8, EVERYTHING), "cpu")
     out = augment(images, type(p)(*(t.to("meta") for t in p)), MEAN.to("meta"), STD.to("meta"), EVERYTHING)
     assert out.shape == images.shape and out.is_contiguous(memory_format=torch.channels_last)

@@ -421,7 +421,7 @@ def test_every_pair_of_choices_is_independent() -> None:
         rows = slice(view * n, (view + 1) * n)
         switch = PhotometricParameters(*(field[rows] for field in plan.photometric))
         strength = PhotometricParameters(*(field[rows] for field in strengths.photometric))
-        # A crop of this size fits at the first try, whatever its ratio: area and ratio show the numbers drawn for them.
+        # A crop of this size always fits at the first try, so area and ratio show the numbers drawn for them.
         rule = CropRule(scale=(0.2, 0.5))
         top, left, height, width = crop_boxes(plan.geometry[view], np.full(n, side), np.full(n, side), rule).T
         named = {
