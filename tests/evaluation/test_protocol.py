@@ -12,8 +12,10 @@ import torch
 
 from falcon_fast.config import load_recipe, override
 from falcon_fast.data.sources.images import ImageArray, Source, Split
+from falcon_fast.evaluation import protocol
 from falcon_fast.evaluation.clustering import ari, hungarian_accuracy, kmeans_nmi, nmi
 from falcon_fast.evaluation.collapse import collapse_checks
+from falcon_fast.evaluation.features import Assigned
 from falcon_fast.evaluation.knn import weighted_knn
 from falcon_fast.evaluation.probe import linear_probe
 from falcon_fast.evaluation.protocol import UNLABELLED, evaluate_network, scores
@@ -140,6 +142,20 @@ def test_each_row_is_its_own_networks_and_each_figure_its_own_measures(source, t
         assert ours["value"] == pytest.approx(check.value, rel=0.05) and ours["ok"] == check.ok
         assert ours["threshold"] == pytest.approx(check.threshold) and ours["explanation"] == check.explanation
         assert ours["backbone_value"] == (None if name == "cluster" else pytest.approx(check.backbone_value, rel=0.05))
+
+
+def test_each_measure_of_the_codes_is_its_own(source, trained, monkeypatch):
+    """With assignments that tell some images apart: an untrained network puts all of them into one code."""
+    labels, random = source.test.labels, np.random.RandomState(3)
+    assigned = np.where(random.rand(60) < 0.6, labels, random.randint(0, 8, 60))
+    seen = Assigned(random.randn(60, 16), random.randn(60, 16), assigned, np.full(64, 1 / 64, np.float32))
+    monkeypatch.setattr(protocol, "extract_assigned", lambda *_: seen)
+    result = evaluate_network(CONFIG, trained, build_codes(CONFIG), source, CPU)["trained"]
+    expected = nmi(labels, assigned), ari(labels, assigned), hungarian_accuracy(labels, assigned)
+    assert (result["nmi_codes"], result["ari_codes"], result["accuracy_codes"]) == pytest.approx(expected)
+    assert min(abs(a - b) for k, a in enumerate(expected) for b in expected[:k]) > 0.01  # they can be told apart
+    assert result["codes_used"] == len(set(assigned.tolist())) > 3
+    assert "of 64" in result["collapse"]["cluster"]["explanation"]
 
 
 def test_the_probe_and_the_vote_learn_from_the_training_split_alone():

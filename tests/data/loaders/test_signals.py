@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 from falcon_fast.data.loaders.evaluation import evaluation_batches
 from falcon_fast.data.loaders.workers import training_batches
@@ -13,6 +16,14 @@ from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
 
 from ..images import CPU, assert_no_workers_left
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Python's own handler: a shell ignores SIGINT for its background jobs, and worker processes would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_of_the_whole_terminal_leaves_the_workers_at_work(split: Split) -> None:
