@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from falcon_fast.data.loaders import choose as loader
+from falcon_fast.data.loaders import training as loader
 from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.sources.folders import IMAGENET_MEAN, IMAGENET_STD
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Source, Split, header_size

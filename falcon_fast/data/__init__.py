@@ -1,1 +1,1 @@
-"""From files or arrays to pairs of views on the device."""
+"""Turn image files or arrays into pairs of augmented views on the device."""

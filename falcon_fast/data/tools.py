@@ -1,4 +1,4 @@
-"""What `falcon-fast data` does: pack a folder, and show what a recipe makes of its images. (`verify` is in `manifest`.)"""
+"""The work of `falcon-fast data pack` and `falcon-fast data preview`. (`data verify` is in `sources/manifest.py`.)"""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from falcon_fast.data.loaders.choose import choose_loader, training_batches
+from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.loaders.training import training_batches
 from falcon_fast.data.sources.images import read_image, reason_of, shown
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.data.views.photometric import augment
 from falcon_fast.data.views.sampling import Clock
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
 
     from falcon_fast.config import Config
 
-JPEG_SIDE = 65500  # pixels, of libjpeg
+JPEG_SIDE = 65500  # pixels, the limit of libjpeg
 GAP = 4  # pixels between the pictures of a preview
-ROWS = 8  # of a preview, then another column of triples begins
+ROWS = 8  # rows of a preview; then another column of triples begins
 
 
 def packed_names(root: Path, paths: Iterable[Path]) -> dict[Path, Path]:
-    """What each file is called when packed: its own relative path, ending in .jpg; in full before that where two would be one."""
+    """Return the name of each file in the packed folder: its own relative path, with the extension .jpg.
+
+    Where two files would get the same name, both keep their extension in front of it (`a.png.jpg`, `a.bmp.jpg`).
+    """
     relative = {path: path.relative_to(root) for path in paths}
     stems = [name.with_suffix("") for name in relative.values()]
     twice = {
@@ -52,21 +56,30 @@ def pack(
     bad: Callable[[Path, str], None],
     done: Callable[[], None],
 ) -> int:
-    """Write every image as a JPEG of at most `short_side` pixels on its short side; returns how many cannot be decoded.
+    """Write every image as a JPEG whose short side has at most `short_side` pixels. Return how many images cannot be decoded.
 
-    Folders and names stay; what is there already is left alone, so that one that was stopped goes on where it was. Upright, RGB,
-    reduced by Lanczos' filter, never enlarged.
+    Folders and names stay the same. The JPEGs are upright and RGB, reduced with Lanczos' filter and never enlarged. Files that
+    exist already are left alone, so a run that was interrupted can be continued.
+
+    Args:
+        root: the folder of the images.
+        out: the folder to write to.
+        paths: the image files below `root`.
+        short_side: in pixels.
+        quality: of the JPEGs, as Pillow counts it.
+        bad: called with each image that cannot be packed, and the reason.
+        done: called after each image.
 
     Raises:
-        UsageError: `out` is the folder itself, or inside it, or cannot be made.
+        UsageError: `out` is `root` or inside it, or cannot be created.
         OSError: a file cannot be written.
     """
     if out.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"{shown(out)} lies inside {shown(root)}: pack into a folder beside it")
+        raise UsageError(f"{shown(out)} lies inside {shown(root)}: pack into a folder outside of it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{shown(out)} cannot be made: {error.strerror or error}") from None
+        raise UsageError(f"{shown(out)} cannot be created: {error.strerror or error}") from None
     names = packed_names(root, paths)
 
     def convert(path: Path) -> tuple[Path, str]:
@@ -75,7 +88,7 @@ def pack(
             return path, ""
         try:
             image = _reduced(read_image(str(path)), short_side)
-        except Exception as error:  # Pillow raises whatever its decoders do
+        except Exception as error:  # Pillow's decoders raise many types
             return path, reason_of(error)
         if max(image.size) > JPEG_SIDE:
             return path, f"{image.width} x {image.height} pixels do not fit into a JPEG"
@@ -109,12 +122,12 @@ def _reduced(image: Image, short_side: int) -> Image:
 
 
 def preview(config: Config, count: int) -> tuple[Image, int]:
-    """A contact sheet of the first `count` images of a run: each original, and beside it the two views that the run sees.
+    """Return a contact sheet of the first `count` images of a run, and how many images are on it.
 
-    Returns the sheet and how many images are on it.
+    Each original stands to the left of the two views that the run sees.
 
     Raises:
-        UsageError: the data cannot be opened, the loader cannot do this, or the views do not fit into memory.
+        UsageError: the data cannot be opened, the loader cannot load it, or the views do not fit into memory.
     """
     from PIL import Image, ImageOps
 
@@ -124,7 +137,7 @@ def preview(config: Config, count: int) -> tuple[Image, int]:
     clock = Clock(config.training.seed, len(images), min(count, len(images)), recipe)
     loader, _ = choose_loader(config.data, source, recipe, cpu)
     if loader == "synthetic":
-        raise UsageError("the synthetic loader shows no images: use another")
+        raise UsageError("the synthetic loader shows no images: use another loader")
     quarantine = Quarantine(images, config.data.max_bad_fraction, known=dict(source.known_bad))
     try:
         batch = next(training_batches(loader, source, clock, range(1), cpu, 0, quarantine=quarantine))

@@ -1,1 +1,1 @@
-"""What a trained network is worth: frozen features, linear probe, kNN, clustering, the four collapse checks."""
+"""Evaluate a trained network: frozen features, linear probe, kNN, clustering, and the four collapse checks."""

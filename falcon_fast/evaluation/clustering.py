@@ -1,7 +1,7 @@
-"""How well clusters (codes, or k-means on features) agree with labels: NMI, ARI, Hungarian accuracy.
+"""Agreement of clusters (codes, or k-means on features) with labels: NMI, ARI, Hungarian accuracy.
 
-None of the measures depends on how clusters are numbered. With labels Y and clusters Z, I their mutual information and
-H the entropy: NMI = 2 I(Y; Z) / (H(Y) + H(Z)), the arithmetic mean, which is scikit-learn's default and the paper's.
+None of the measures depends on how the clusters are numbered. With labels Y, clusters Z, mutual information I and entropy H:
+NMI = 2 I(Y; Z) / (H(Y) + H(Z)), normalised by the arithmetic mean, which is scikit-learn's default and the paper's.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.arrays import check_features, check_labels, standardise
 
-# Restarts of k-means; the best of ten is the common practice of the field and differs little from one seed to the next.
+# Restarts of k-means. The best of ten is common practice in the field and differs little between seeds.
 RESTARTS = 10
 
-# n * d * clusters beyond which full k-means takes minutes on two cores (10 restarts of some 50 passes at 2 FLOP each),
-# and mini-batches of 4,096 stand in for it.
+# Above this n * d * clusters, full k-means takes minutes on two cores (10 restarts of about 50 passes at 2 FLOP each), and
+# mini-batches of 4,096 are used instead.
 FULL_KMEANS_WORK = 2e9
 
 
 def nmi(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Normalised mutual information in [0, 1] of two integer (n,) arrays; 1 = the same partition."""
+    """Return the normalised mutual information, in [0, 1], of two integer (n,) arrays; 1 for the same partition."""
     from sklearn.metrics import normalized_mutual_info_score
 
     _check_pair(labels, clusters)
@@ -30,7 +30,7 @@ def nmi(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def ari(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Adjusted Rand index of two integer (n,) arrays; 1 = the same partition, 0 = what chance gives, at least -0.5."""
+    """Return the adjusted Rand index of two integer (n,) arrays: 1 for the same partition, 0 for chance, at least -0.5."""
     from sklearn.metrics import adjusted_rand_score
 
     _check_pair(labels, clusters)
@@ -38,10 +38,11 @@ def ari(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def hungarian_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
-    """Accuracy in [0, 1] under the best one-to-one matching of clusters with classes (integer (n,) arrays).
+    """Return the accuracy, in [0, 1], under the best one-to-one matching of clusters with classes (integer (n,) arrays).
 
-    Where clusters outnumber classes, those left without a class count as errors: a class spread over many codes is
-    punished here, and hardly by NMI.
+    If there are more clusters than classes, the clusters left without a class count as errors: a class that is spread over many
+        codes
+    lowers this accuracy much, but NMI hardly.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -55,19 +56,19 @@ def hungarian_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def kmeans_nmi(features: np.ndarray, labels: np.ndarray, num_clusters: int, seed: int = 0) -> float:
-    """NMI in [0, 1] between labels and k-means clusters of standardised features.
+    """Return the NMI, in [0, 1], of labels and k-means clusters of standardised features.
+
+    k-means is Lloyd's, best of 10 restarts. If n * d * k exceeds 2e9 (50,000 x 512 with 78 clusters), it is scikit-learn's
+    MiniBatchKMeans.
 
     Args:
         features: (n, d), floating point.
         labels: (n,) integers.
-        num_clusters: k, from 1 to n; the number of classes, as a rule.
-        seed: of k-means' initialisation.
-
-    k-means is Lloyd's, best of 10 restarts; above n * d * k = 2e9 (50,000 x 512 with 78 clusters) it is scikit-learn's
-    MiniBatchKMeans.
+        num_clusters: k, from 1 to n; usually the number of classes.
+        seed: for the initialisation of k-means.
 
     Raises:
-        UsageError: shapes that do not fit, NaN or infinity in features, num_clusters out of range.
+        UsageError: shapes do not match, features hold NaN or infinity, or num_clusters is out of range.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -83,7 +84,7 @@ def kmeans_nmi(features: np.ndarray, labels: np.ndarray, num_clusters: int, seed
     else:
         kmeans = MiniBatchKMeans(num_clusters, n_init=RESTARTS, batch_size=4096, random_state=seed)
     with warnings.catch_warnings():
-        # Collapsed features have fewer distinct points than clusters: NMI says so better than a warning.
+        # Collapsed features have fewer distinct points than clusters; the NMI shows this better than a warning.
         warnings.simplefilter("ignore", ConvergenceWarning)
         clusters = kmeans.fit_predict(points)
     return nmi(labels, clusters)

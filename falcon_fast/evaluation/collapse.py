@@ -1,46 +1,45 @@
-r"""The four ways a representation fails, measured without labels and without scale, each with a line and its reason.
+"""The four ways in which a representation collapses, measured without labels and independently of scale.
 
-x are vectors over the test images: the projector's embeddings, of which the theory speaks, and the backbone's features,
-which the user takes away; n images, f dimensions. A check is ok only where both stand above its line. The lines follow
-from what collapse and arithmetic do, not from any data set.
+x are vectors over the test images: the embeddings of the projector, which the theory is about, and the features of the backbone,
+which the user keeps; n images, f dimensions. Each check has a line, its threshold. A check is ok only if both the embeddings and
+the features are above the line. The lines follow from what collapse and arithmetic do, not from any data set.
 
-**representation**: everything maps to one point. The share of the energy that varies, sqrt(E|x - Ex|^2 / E|x|^2), in
-[0, 1]. Collapse gives 0, or what rounding leaves: a bfloat16 rounding has a relative error of 0.002 (rms; at most
-2^-8), and the twenty to fifty layers of a network add up to 0.01. Centred embeddings give 1, non-negative features 0.3
-to 0.7. Line: 0.02, above what rounding alone can make.
+**representation**: everything maps to one point. The value is the share of the energy that varies, sqrt(E|x - Ex|^2 / E|x|^2), in
+[0, 1]. Collapse gives 0, or what rounding leaves: one bfloat16 rounding has a relative error of 0.002 (rms; at most 2^-8), and
+the twenty to fifty layers of a network add up to 0.01. Centred embeddings give 1, non-negative features 0.3 to 0.7. Line: 0.02,
+which rounding alone cannot reach.
 
-**dimensional**: everything lies on few directions. Effective rank exp(-sum_i p_i ln p_i) of the centred second-moment
-matrix, p its eigenvalues over their sum (Roy and Vetterli, 2007). A line gives 1, a plane at most 2, and noise 0.01 of
-it in size lifts that by less than 0.01. A saturated direction of tanh carries one bit, so K clusters take log2 K
-directions at the least; K is what the codes tell apart, their perplexity (below). Healthy embeddings of K separate
-clusters have about K - 1. Line: the larger of log2 K and 2.5 (a plane and a third direction with a tenth of the
-energy). Two or three clusters that are tight span a line or a plane and fail, as they should: a dictionary has many
-codes to use.
+**dimensional**: everything lies in few directions. The value is the effective rank exp(-sum_i p_i ln p_i) of the centred
+second-moment matrix, where p are its eigenvalues divided by their sum (Roy and Vetterli, 2007). A straight line has rank 1, a
+plane at most 2, and noise of 0.01 of its size adds less than 0.01. A saturated direction of tanh carries one bit, so K clusters
+need at least log2 K directions; K is the number of clusters that the codes distinguish, measured by their perplexity (below).
+Healthy embeddings of K separate clusters have about K - 1. Line: the larger of log2 K and 2.5 (a plane plus a third direction
+with a tenth of the energy). Two or three tight clusters span a straight line or a plane and fail, as they should: a dictionary
+has many codes to use.
 
-**cluster**: only some codes are used. Perplexity exp(-sum_j q_j ln q_j) of the shares q_j of the images whose largest
-logit is code j; total collapse gives 1. A perfect clustering gives the perplexity of the classes: K when K classes are
-equally frequent; less when they are not, and by chance less by about (K - 1) / (2n) nats (Miller, 1955). One bit, ln 2
-nats, is room for both: the chance part fits from n = 0.72 K images on. Line: K / 2, where two classes must share each
-cluster, and 1.5 for K of 2 or 3, between the one cluster of collapse and the two that any distinction needs. With K
-unknown: 2, which only more than two clusters can pass. The backbone has no codes and so no value.
+**cluster**: only some codes are used. The value is the perplexity exp(-sum_j q_j ln q_j), where q_j is the share of the images
+whose largest logit is code j; total collapse gives 1. A perfect clustering gives the perplexity of the classes: K if K classes
+are equally frequent, less if they are not, and by chance about (K - 1) / (2n) nats less (Miller, 1955). One bit, ln 2 nats,
+leaves room for both: the chance part fits from n = 0.72 K images on. Line: K / 2, where two classes have to share each cluster;
+1.5 for K of 2 or 3, which lies between the one cluster of collapse and the two that any distinction needs; 2 if K is unknown,
+which only more than two clusters can pass. The backbone has no codes and therefore no value.
 
-**intracluster**: each cluster shrinks onto a point. The entropy of a mixture of diagonal Gaussians minus that of one
-Gaussian with the same variances, divided by the number of dimensions: about ln(standard deviation within clusters / in
-all), 0 where there are no clusters and minus infinity for points. The mixtures have K = 10, 20, 50, 100, 200
-components (10 images each at least), their entropy by Monte Carlo with 10,000 samples, as in the paper. A mixture with
-fewer components than there are points sees wide components and misses the collapse, so there is one more whose
-components are the codes: equal vectors have equal codes. The value is the smallest of all. A floor of 0.001 under
-every standard deviation (in units of the whole's) bounds the value by ln 0.001 = -6.9. Near +-1 a bfloat16 tanh has
-steps of 2^-8, an rms error of 0.001: points come out at -6.9 to about -6. Clusters that keep a spread of 5 to 30 % are
-at -3 to -1. Line: ln 0.01 = -4.6. Vectors are first projected on 64 random orthogonal directions, each scaled to unit
-variance: the fit is cheap and well posed. Principal components would not do, nor standardising before: the clusters
-lie in the few leading components, and some coordinates are the same for all clusters; the others are noise, which
-scaled up would average the collapse away. A random direction has the spread within clusters and in all in the
-proportion of the whole.
+**intracluster**: each cluster shrinks to a point. The value is the entropy of a mixture of diagonal Gaussians minus that of one
+Gaussian with the same variances, divided by the number of dimensions: about ln(standard deviation within clusters / overall). It
+is 0 if there are no clusters and minus infinity for points. The mixtures have K = 10, 20, 50, 100, 200 components (at least 10
+images each); their entropy is estimated by Monte Carlo with 10,000 samples, as in the paper. A mixture with fewer components than
+there are points sees wide components and misses the collapse, so there is one more mixture whose components are the codes: equal
+vectors have equal codes. The value is the smallest over all mixtures. A floor of 0.001 under every standard deviation (in units
+of the overall one) limits the value to ln 0.001 = -6.9. Near +-1 a bfloat16 tanh has steps of 2^-8, an rms error of 0.001, so
+points give -6.9 to about -6. Clusters that keep a spread of 5 to 30 % give -3 to -1. Line: ln 0.01 = -4.6. Before the fit, the
+vectors are projected on 64 random orthogonal directions, and each direction is scaled to unit variance, which makes the fit cheap
+and well posed. Principal components or an earlier standardisation would not do: the clusters lie in the few leading components,
+and some coordinates are equal for all clusters; the other components or coordinates are noise, which scaling would amplify until
+it hides the collapse. In a random direction, the ratio of the spread within clusters to the overall spread is that of the whole
+space.
 
-A failure can fail other checks too: equal vectors fail all four; five points are too few codes for eleven classes.
-Where `representation` fails, read no further: the other three then describe rounding noise, and noise has every
-direction.
+One failure can make other checks fail too: equal vectors fail all four; five points have too few codes for eleven classes. If
+`representation` fails, ignore the other three: they then describe rounding noise, and noise has every direction.
 """
 
 from __future__ import annotations
@@ -66,14 +65,20 @@ MIXTURE_DIMENSIONS = 64
 MONTE_CARLO_SAMPLES = 10_000
 # What the largest mixture needs; more images would only cost time.
 MIXTURE_IMAGES = MIXTURE_SIZES[-1] * IMAGES_PER_COMPONENT
-# More images move no eigenvalue that matters, and memory stays bounded (10,000 x 2048 float64: 160 MB).
+# More images change no eigenvalue that matters, and this limits memory (10,000 x 2048 float64: 160 MB).
 SPECTRUM_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
 class CollapseCheck:
-    """One failure mode: `value` on the embeddings and `backbone_value` on the features (None where it has no meaning
-    there) must both exceed `threshold`. `explanation` is a short phrase for a table. NaN where nothing can be measured.
+    """The result of one check.
+
+    Attributes:
+        value: on the embeddings; NaN if nothing can be measured.
+        threshold: the line that `value` and `backbone_value` must exceed.
+        ok: whether both exceed it.
+        backbone_value: on the backbone's features; None if the check has no meaning there.
+        explanation: a short phrase for a table.
     """
 
     value: float
@@ -91,20 +96,20 @@ def collapse_checks(
     num_classes: int | None = None,
     seed: int = 0,
 ) -> dict[str, CollapseCheck]:
-    """The four checks, by name: `representation`, `dimensional`, `cluster`, `intracluster` (see the module).
-
-    Args:
-        embeddings: (n, f) floating, the projector's outputs in evaluation mode on test images.
-        features: (n, d) floating, the backbone's outputs for the same images.
-        assignments: (n,) integers, the code of largest logit.
-        mean_assignment: (c,) floating, the mean softmax over the images; only informs the explanation.
-        num_classes: how many classes there are, where that is known.
-        seed: of subsampling, projection and mixtures; the result is a function of the arguments.
+    """Return the four checks by name: `representation`, `dimensional`, `cluster`, `intracluster` (see the module's docstring).
 
     NaN or infinity anywhere, or fewer than 20 images, give checks that are not ok, and no exception.
 
+    Args:
+        embeddings: (n, f) floating point, the projector's outputs in evaluation mode on test images.
+        features: (n, d) floating point, the backbone's outputs for the same images.
+        assignments: (n,) integers, the code with the largest logit.
+        mean_assignment: (c,) floating point, the mean softmax over the images; used only in the explanation.
+        num_classes: number of classes, if known.
+        seed: for subsampling, projection and mixtures; the result is a function of the arguments.
+
     Raises:
-        UsageError: shapes that do not fit together.
+        UsageError: the shapes do not match.
     """
     check_features(embeddings, "embeddings", finite=False)
     check_features(features, "features", finite=False)
@@ -150,17 +155,17 @@ def collapse_checks(
 
 
 def energy_share(x: np.ndarray) -> float:
-    """sqrt(total variance / mean squared norm) of (n, f) vectors, in [0, 1]; 0 for constant vectors, zeros included."""
+    """Return sqrt(total variance / mean squared norm) of (n, f) vectors, in [0, 1]; 0 for constant vectors, including zeros."""
     mean, std, _ = moments(x)
     variance, energy = float(std @ std), float(std @ std + mean @ mean)
     return math.sqrt(variance / energy) if energy > 0 else 0.0
 
 
 def singular_values(x: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Singular values, float64, descending, of the centred second-moment matrix of (n, f) vectors: min(n, f) of them.
+    """Return the singular values of the centred second-moment matrix of (n, f) vectors: min(n, f) values, float64, descending.
 
-    For the figure that shows dimensional collapse as a fall on a logarithmic axis (Jing et al., 2022). Of more than
-    10,000 images a random 10,000 serve. Values below about 1e-15 of the first are rounding noise, cut at 0.
+    They are for the figure in which dimensional collapse shows as a drop on a logarithmic axis (Jing et al., 2022). Of more than
+    10,000 images, a random 10,000 are used. Values below about 1e-15 of the first are rounding noise; negative ones are set to 0.
     """
     x = _some(x, SPECTRUM_IMAGES, seed).astype(np.float64)
     x -= x.mean(axis=0)
@@ -170,12 +175,15 @@ def singular_values(x: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def effective_rank(x: np.ndarray, seed: int = 0) -> float:
-    """exp(entropy) of the normalised spectrum of (n, f) vectors, from 1 to min(n - 1, f); 0 for constant vectors."""
+    """Return exp(entropy) of the normalised spectrum of (n, f) vectors, from 1 to min(n - 1, f); 0 for constant vectors."""
     return _perplexity(singular_values(x, seed))
 
 
 def cluster_spread(x: np.ndarray, assignments: np.ndarray, seed: int = 0) -> float:
-    """About ln(standard deviation within clusters / in all) of (n, f) vectors, at least ln 0.001; see the module."""
+    """Return about ln(standard deviation within clusters / overall) of (n, f) vectors, at least ln 0.001.
+
+    See `intracluster` in the module's docstring.
+    """
     chosen = _some(np.arange(len(x)), MIXTURE_IMAGES, seed)
     x, assignments = _project(x[chosen], seed), assignments[chosen]
     if x.shape[1] == 0:
@@ -186,25 +194,31 @@ def cluster_spread(x: np.ndarray, assignments: np.ndarray, seed: int = 0) -> flo
 
 
 def _mixture_spread(x: np.ndarray, components: int, seed: int) -> float:
-    """Entropy of a fitted diagonal mixture minus that of one Gaussian, per dimension; x (n, f) of unit variances."""
+    """Return the entropy of a fitted diagonal mixture minus that of one Gaussian, per dimension.
+
+    x: (n, f), of unit variance in each dimension.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     mixture = GaussianMixture(components, covariance_type="diag", reg_covar=SPREAD_FLOOR**2, random_state=seed)
     with warnings.catch_warnings():
-        # Points make fewer clusters than components, and an unfinished fit is still a fit.
+        # Points make fewer clusters than components; and a fit that has not converged can still be used.
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(x)
     samples, _ = mixture.sample(MONTE_CARLO_SAMPLES)
     entropy = -float(mixture.score_samples(samples).mean())
-    return entropy / x.shape[1] - 0.5 * math.log(2 * math.pi * math.e)
+    return entropy / int(x.shape[1]) - 0.5 * math.log(2 * math.pi * math.e)
 
 
 def _code_spread(x: np.ndarray, assignments: np.ndarray) -> float:
-    """The same for the mixture whose components are the codes, taken as apart; x (n, f) of unit variances."""
+    """Return the same for the mixture whose components are the codes, assuming that they do not overlap.
+
+    x: (n, f), of unit variance in each dimension.
+    """
     _, code, counts = np.unique(assignments, return_inverse=True, return_counts=True)
     if len(counts) == len(x):
-        return 0.0  # no code has two images: nothing lies within a cluster
+        return 0.0  # no code has two images, so there is no spread within a cluster
     means = np.zeros((len(counts), x.shape[1]))
     np.add.at(means, code, x)
     means /= counts[:, None]
@@ -214,24 +228,25 @@ def _code_spread(x: np.ndarray, assignments: np.ndarray) -> float:
 
 
 def _project(x: np.ndarray, seed: int) -> np.ndarray:
-    """(n, f) to (n, at most 64) float64, randomly rotated, each direction of unit variance; (n, 0) for a constant."""
+    """Project (n, f) on at most 64 random directions of unit variance, float64; (n, 0) if x is constant."""
     if energy_share(x) <= CONSTANT:
         return np.zeros((len(x), 0))
     width = x.shape[1]
     gaussian = np.random.default_rng(seed).standard_normal((width, min(width, MIXTURE_DIMENSIONS)))
     x = (x - x.mean(axis=0, dtype=np.float64)) @ np.linalg.qr(gaussian)[0]
-    return x / x.std(axis=0)
+    scaled: np.ndarray = x / x.std(axis=0)
+    return scaled
 
 
 def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """`limit` rows of x, drawn without replacement, in order; all where there are no more."""
+    """Return `limit` rows of x, drawn without replacement, in their order; all rows if there are not more."""
     if len(x) <= limit:
         return x
     return x[np.sort(np.random.default_rng(seed).choice(len(x), limit, replace=False))]
 
 
 def _perplexity(weights: np.ndarray) -> float:
-    """exp(entropy) of non-negative weights, normalised; 0 where all are 0."""
+    """Return exp(entropy) of non-negative weights, after normalisation; 0 if all weights are 0."""
     weights = weights[weights > 0]
     if len(weights) == 0:
         return 0.0
@@ -240,13 +255,14 @@ def _perplexity(weights: np.ndarray) -> float:
 
 
 def _least_perplexity(num_classes: int | None) -> float:
+    """Return the line of the `cluster` check."""
     if num_classes is None or num_classes < 2:
         return MIN_PERPLEXITY_UNKNOWN
     return max(MIN_PERPLEXITY, num_classes / 2)
 
 
 def _why_unmeasurable(*arrays: np.ndarray | None) -> str:
-    """A phrase, empty where the arrays can be measured; the first has one row per image."""
+    """Return a phrase on why the arrays cannot be measured, empty if they can; the first array has one row per image."""
     if any(array is not None and not np.isfinite(array).all() for array in arrays):
         return "not measurable: NaN or infinity in the network's outputs"
     n = len(arrays[0]) if arrays[0] is not None else 0

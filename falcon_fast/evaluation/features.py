@@ -1,4 +1,9 @@
-"""Frozen features and code assignments: always in evaluation mode, under inference_mode, in float32, at the run's temperature."""
+"""Frozen features and code assignments, always in evaluation mode, under inference_mode, in float32, at the run's temperature.
+
+In `extract_features`, `extract_assigned` and `raw_pixels`, `bad` receives the images that cannot be decoded, number -> reason.
+These images have no row in the result; the rows are those of `split.without(bad)`. If `bad` is None, such an image raises
+UsageError.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +21,17 @@ from falcon_fast.data.views.photometric import normalize
 from falcon_fast.models.network import FalconNetwork
 from falcon_fast.objective.codes import Codes
 
-PIXEL_SIDE = 32  # raw pixels are compared at up to this side: a probe of 150,528 pixels would say more of its solver
+PIXEL_SIDE = 32  # largest side of raw pixels as features: a probe of 150,528 pixels would say more about its solver
 
 
 class Assigned(NamedTuple):
-    """A split as the trained network sees it.
+    """What the trained network computes for a split.
 
     Attributes:
-        features: float32 (n, d), the backbone's.
-        embeddings: float32 (n, f), the projector's.
-        assignments: int64 (n,), argmax over the codes.
-        mean_assignment: float32 (c,), the mean of the softmax over the codes.
+        features: float32 (n, d), from the backbone.
+        embeddings: float32 (n, f), from the projector.
+        assignments: int64 (n,), the code with the largest logit.
+        mean_assignment: float32 (c,), the mean over the images of the softmax over the codes.
     """
 
     features: np.ndarray
@@ -37,7 +42,7 @@ class Assigned(NamedTuple):
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, whatever mode it was in outside."""
+    """Put the network in evaluation mode under `inference_mode`, and restore its previous mode at the end."""
     was_training = network.training
     network.eval()
     try:
@@ -47,8 +52,6 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-# In all three, `bad` takes the images that cannot be decoded, number -> reason: they then have no row, and the rows are those of
-# `split.without(bad)`. Without it such an image is a UsageError.
 def extract_features(
     network: FalconNetwork,
     split: Split,
@@ -57,7 +60,7 @@ def extract_features(
     workers: int = 0,
     bad: dict[int, str] | None = None,
 ) -> np.ndarray:
-    """The backbone's features of a split: float32 (n, d)."""
+    """Return the backbone's features of a split: float32 (n, d)."""
     mean, std = source.normalization(device)
     with evaluation_mode(network):
         parts = [
@@ -77,7 +80,7 @@ def extract_assigned(
     workers: int = 0,
     bad: dict[int, str] | None = None,
 ) -> Assigned:
-    """Features, embeddings and assignments of a split."""
+    """Return features, embeddings and code assignments of a split, at the temperature `tau`."""
     w = codes.dense(torch.float32)
     features, embeddings, assignments = [], [], []
     mean, std = source.normalization(device)
@@ -100,7 +103,7 @@ def extract_assigned(
 
 
 def raw_pixels(split: Split, source: Source, workers: int = 0, bad: dict[int, str] | None = None) -> np.ndarray:
-    """The images themselves as features: float32 (n, 3 s s) in [0, 1], s the side of a view or 32 where that is larger."""
+    """Return the images themselves as features: float32 (n, 3 s s) in [0, 1], where s is the side of a view, at most 32."""
     cpu = torch.device("cpu")
     parts = []
     for images in evaluation_batches(split, source.size, cpu, workers=workers, bad=bad):

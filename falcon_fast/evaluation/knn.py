@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification of frozen features.
 
-The protocol of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018), with
-the k = 20 and temperature 0.07 of DINO (Caron et al., ICCV 2021): features are L2-normalised and neither centred nor
-scaled; the k training images of highest cosine similarity s vote for their class with weight exp(s / temperature).
+The protocol is that of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (CVPR 2018), with
+k = 20 and temperature 0.07 as in DINO (Caron et al., ICCV 2021). Features are L2-normalised, and neither centred nor scaled. The
+k training images with the highest cosine similarity s vote for their class with weight exp(s / temperature).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.arrays import check_split
 
-# Similarities held at once, in bytes: large enough for full-speed products, small beside any features worth probing.
+# Size of the similarities computed at once, in bytes: enough for full-speed products, and small compared with any features.
 SIMILARITY_BYTES = 256 * 2**20
 
 
@@ -27,19 +27,19 @@ def weighted_knn(
     temperature: float = 0.07,
     device: torch.device | str | None = None,
 ) -> float:
-    """Test accuracy in [0, 1] of the weighted k-nearest-neighbour vote (Wu et al. 2018, section 3.4).
+    """Return the test accuracy, in [0, 1], of the weighted k-nearest-neighbour vote (Wu et al. 2018, section 3.4).
 
     Args:
-        train_features, test_features: (n, d) and (m, d), floating point; computed with in float32. A zero vector has
-            similarity 0 to everything.
-        train_labels, test_labels: (n,) and (m,) integers, any values; a test label that training never saw counts as
-            an error.
-        k: neighbours that vote; all n where n < k.
-        temperature: sharpness of the weights, > 0.
+        train_features, test_features: (n, d) and (m, d), floating point; converted to float32. A zero vector has similarity 0 to
+            everything.
+        train_labels, test_labels: (n,) and (m,) integers, any values; a test label that does not occur in training counts as an
+            error.
+        k: number of neighbours that vote; all n if n < k.
+        temperature: must be positive; a smaller value gives near neighbours more weight.
         device: where to compute; the CPU by default.
 
     Raises:
-        UsageError: shapes that do not fit, NaN or infinity in features, k < 1, temperature <= 0.
+        UsageError: shapes do not match, features hold NaN or infinity, k < 1, or temperature <= 0.
     """
     check_split(train_features, train_labels, test_features, test_labels)
     if k < 1:
@@ -55,7 +55,7 @@ def weighted_knn(
     for start in range(0, len(test_features), rows):
         test = _normalised(test_features[start : start + rows], device)
         similarity, neighbour = (test @ train.T).topk(k, dim=1)
-        # A row's largest similarity is taken off: the vote is the same, and no temperature overflows.
+        # Subtracting a row's largest similarity leaves the vote unchanged and avoids overflow at any temperature.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weight.new_zeros(len(test), len(classes)).scatter_add_(1, label_of[neighbour], weight)
         predicted = classes[votes.argmax(dim=1).cpu().numpy()]
@@ -64,4 +64,5 @@ def weighted_knn(
 
 
 def _normalised(features: np.ndarray, device: torch.device | str | None) -> torch.Tensor:
+    """Return the features as float32 rows of length 1."""
     return torch.nn.functional.normalize(torch.as_tensor(features, dtype=torch.float32, device=device), dim=1)

@@ -1,7 +1,7 @@
-"""The comparison a run ends with: raw pixels, the untrained network, the trained network; then the four collapse checks.
+"""The comparison at the end of a run: raw pixels, the untrained network, the trained network; then the four collapse checks.
 
-All three are judged by the same probes on the same splits, so that what training added is the difference between two rows.
-Needs a network and a source, nothing of the trainer.
+All three are evaluated by the same probes on the same splits, so the difference between two rows is what training added. This
+needs a network and a source, nothing from the trainer.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def scores(
     num_classes: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Linear probe, weighted kNN and k-means NMI on the test split; all None without labels.
+    """Return linear probe and weighted kNN accuracy and the NMI of k-means on the test split; all None without labels.
 
-    k-means has as many clusters as there are classes, and is None where there are fewer test images.
+    k-means has as many clusters as there are classes; its NMI is None if there are fewer test images than classes.
     """
     if train.labels is None or test.labels is None:
         return dict(UNLABELLED)
     return {
         "probe": linear_probe(train_features, train.labels, test_features, test.labels),
         "knn": weighted_knn(train_features, train.labels, test_features, test.labels, device=device),
-        # A cluster for each class needs an image for each: a small held-out tenth may have fewer.
+        # Each cluster needs an image; a small held-out tenth may have fewer images than classes.
         "nmi_kmeans": kmeans_nmi(test_features, test.labels, num_classes) if len(test.labels) >= num_classes else None,
     }
 
@@ -56,14 +56,23 @@ def evaluate_network(
     workers: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The figures of `result.json`: `raw_pixels`, `random_init`, `trained` (with `collapse`). `say` gets a line a stage."""
+    """Return the figures of `result.json`: `raw_pixels`, `random_init` and `trained` (with `collapse`).
+
+    Args:
+        config: of the run; it also builds the untrained network.
+        network, codes: what was trained, and its dictionary.
+        source: the data set; both splits are used.
+        device: where the networks run.
+        workers: worker processes that decode.
+        say: receives one line per stage, and one for each image that cannot be decoded.
+    """
     train, test, k = source.train, source.test, len(source.classes)
     labelled = train.labels is not None and test.labels is not None
     bad_train: dict[int, str] = {}
     bad_test: dict[int, str] = {}
 
     def report(split: Split, bad: dict[int, str]) -> Split:
-        """After the first pass over a split: what of it can be decoded."""
+        """Report the images of a split that cannot be decoded, after the first pass over it; return the split without them."""
         for index, reason in bad.items():
             say(f"left out, cannot be decoded: {split.images.name(index)} ({reason})")
         return split.without(bad)

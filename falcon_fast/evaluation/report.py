@@ -1,4 +1,4 @@
-"""What a person reads of a run: the table at its end and the picture of its curves."""
+"""What people read about a run: the tables at its end and the picture of its curves."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COLLAPSE = (
 
 
 def result_tables(result: Mapping[str, Any]) -> list[Table]:
-    """The figures of `result.json` as two rich tables: the comparison (only with labels), and the collapse checks."""
+    """Return the figures of `result.json` as rich tables: the comparison (only with labels), then the collapse checks."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    def heading(title: str) -> Table:  # within 80 columns, which is what rich takes where there is no terminal
+    def heading(title: str) -> Table:  # fits 80 columns, rich's width without a terminal
         return Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
 
     tables = []
@@ -56,13 +56,14 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _figure(value: float | None) -> str:
+    """Return a figure as the tables show it; empty if it is missing or not finite."""
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
-    """One picture of a run's curves from its metrics.csv: loss and terms, codes in use, probe and NMI against epochs."""
+    """Draw a run's curves from its metrics.csv into one PNG: loss and its terms, codes in use, probe and NMI, against epochs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,1 +1,1 @@
-"""Backbones by name, the network that is trained, and BatchNorm whose statistics are per view."""
+"""Backbones by name, the network that is trained, and BatchNorm with statistics per view."""

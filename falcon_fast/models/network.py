@@ -11,11 +11,12 @@ from falcon_fast.errors import UsageError
 from falcon_fast.objective import FalconLoss, FalconProjector, HadamardCodes, RademacherCodes
 from falcon_fast.objective.codes import Codes
 
-CIFAR_STEM_UP_TO = 64  # px: above it, a stem that quarters the image costs little detail and saves 16 times the work
+# In pixels. For larger images, a stem that reduces both sides to a quarter loses little detail and saves 16 times the work.
+CIFAR_STEM_UP_TO = 64
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016), the shortcut a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016); the shortcut is a 1x1 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -35,9 +36,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """The first paper's CIFAR backbone: a 3x3 stem and three stages of one basic block, of 1, 2 and 4 times `width` channels.
+    """The CIFAR backbone of the first paper.
 
-    Takes (N, 3, H, W), returns the pooled features (N, 4 width).
+    It has a 3x3 stem and three stages of one basic block each, with `width`, 2 `width` and 4 `width` channels.
+
+    Takes images (N, 3, H, W) and returns the pooled features (N, 4 width).
     """
 
     def __init__(self, width: int) -> None:
@@ -52,15 +55,16 @@ class ResNet8(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stages(self.stem(x)).mean((2, 3))
+        features: torch.Tensor = self.stages(self.stem(x))
+        return features.mean((2, 3))
 
 
 def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
-    """A randomly initialised backbone that maps (N, 3, S, S) to features (N, d); `num_features` is d.
+    """Return a randomly initialised backbone that maps (N, 3, S, S) to features (N, d); its `num_features` is d.
 
     Raises:
-        UsageError: a name that is neither `resnet8` nor timm's (with the nearest that is), or one that cannot take images of
-            this size.
+        UsageError: the name is neither `resnet8` nor a model of timm (the message gives the most similar name), or the backbone
+            does not accept images of this size.
     """
     if config.name == "resnet8":
         if config.stem not in ("auto", "cifar"):
@@ -68,12 +72,13 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         return ResNet8(config.width)
     import timm
 
-    if not timm.is_model(config.name) or "." in config.name:  # a tag after a dot names weights, which are not loaded
+    # A tag after a dot names pretrained weights, which are not loaded.
+    if not timm.is_model(config.name) or "." in config.name:
         raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
     try:
         try:
             backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
-        except TypeError:  # convolutional models take images of any size and no img_size
+        except TypeError:  # convolutional models accept images of any size and have no argument img_size
             backbone = timm.create_model(config.name, num_classes=0)
         _check_patches(backbone, config.name, image_size)
         _set_stem(backbone, config.stem, image_size)
@@ -89,25 +94,28 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         ) from None
     if not isinstance(features, torch.Tensor) or features.dim() != 2:
         what = f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else "in several parts"
-        raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector an image: choose another")
+        raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector per image: choose another")
     backbone.num_features = features.shape[1]  # type: ignore[assignment]
     return backbone.train()
 
 
 def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
-    """timm cuts whole patches and leaves the rest of an image at its right and lower edge unseen, without a word."""
+    """Raise UsageError if the image's side is not a multiple of the patch size.
+
+    timm only uses whole patches and silently ignores the rest of an image at its right and lower edge.
+    """
     patch_size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     patch = patch_size[0] if isinstance(patch_size, tuple) else 1
     if image_size % patch:
         fitting = max(patch, image_size - image_size % patch)
         raise UsageError(
-            f"backbone {name!r} cuts {patch} px patches, which {image_size} px images are no multiple of: "
+            f"backbone {name!r} cuts the image into {patch} px patches, but {image_size} px is not a multiple of {patch}: "
             f"set data.size={fitting}"
         )
 
 
 def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
-    """Replace a ResNet's 7x7 stride-2 stem and max-pool, which would leave a 32 px image one pixel in the last stage."""
+    """Replace a ResNet's 7x7 stride-2 stem and max-pool, which would reduce a 32 px image to one pixel in the last stage."""
     is_resnet = isinstance(getattr(backbone, "conv1", None), nn.Conv2d) and hasattr(backbone, "maxpool")
     if stem == "auto":
         stem = "cifar" if is_resnet and image_size <= CIFAR_STEM_UP_TO else "imagenet"
@@ -124,10 +132,10 @@ def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks that a backbone repeats, in order: what is compiled, or gathered from its shards, at a time.
+    """Return the blocks that a backbone repeats, in order. They are compiled, or gathered from their shards, one at a time.
 
-    Two or more of one kind in a row, of several layers each: the stages of ResNet-8, the residual blocks of timm's ResNets, the
-    blocks of its ViTs. Blocks inside blocks do not count.
+    A group of blocks is two or more modules of one type in a row, each with several layers: the stages of ResNet-8, the residual
+    blocks of timm's ResNets, the blocks of its ViTs. Blocks inside blocks do not count.
     """
     children = list(module.children())
     alike = isinstance(module, nn.Sequential | nn.ModuleList) and len({type(child) for child in children}) == 1
@@ -137,7 +145,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 class FalconNetwork(nn.Module):
-    """Backbone and projector: images (N, 3, S, S) to features (N, d) and float32 embeddings (N, f)."""
+    """Backbone and projector: maps images (N, 3, S, S) to features (N, d) and float32 embeddings (N, f)."""
 
     def __init__(self, backbone: nn.Module, projector: FalconProjector) -> None:
         super().__init__()
@@ -150,7 +158,10 @@ class FalconNetwork(nn.Module):
 
 
 def build_network(config: Config, image_size: int) -> FalconNetwork:
-    """The network of a run at its initial weights, from `training.seed` alone; the caller's random state is untouched."""
+    """Return a run's network with its initial weights, which depend on `training.seed` alone.
+
+    The caller's random state is not changed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.training.seed)  # torch.manual_seed would reseed the GPUs too
         backbone = build_backbone(config.model, image_size)
@@ -160,13 +171,13 @@ def build_network(config: Config, image_size: int) -> FalconNetwork:
 
 
 def build_codes(config: Config) -> Codes:
-    """The run's dictionary, from `training.seed`."""
+    """Return the run's dictionary, from `training.seed`."""
     kind = RademacherCodes if config.loss.codes == "rademacher" else HadamardCodes
     return kind(config.loss.embedding_dim, config.loss.num_codes, config.training.seed)
 
 
 def build_criterion(config: Config, codes: Codes, group: dist.ProcessGroup | None = None) -> FalconLoss:
-    """The run's loss over `codes`; its prior over `group`, where one is given."""
+    """Return the run's loss over `codes`. The prior is taken over the processes of `group`, if one is given."""
     loss = config.loss
     return FalconLoss(
         codes,

@@ -14,7 +14,7 @@ import torch
 
 from falcon_fast.config import Config, load_config
 from falcon_fast.data.loaders.workers import auto_workers
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network

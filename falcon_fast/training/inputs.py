@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from falcon_fast.data.loaders.choose import training_inputs
 from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.loaders.training import training_inputs
 from falcon_fast.data.views.photometric_stage import Photometric, photometric_stage
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.run import Run

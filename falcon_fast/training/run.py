@@ -18,7 +18,7 @@ from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.images import Source
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import Augmentation, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError

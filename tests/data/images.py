@@ -1,8 +1,10 @@
-"""What the tests of all loaders share: comparing batches, and image files of every kind."""
+"""Helpers of the tests of the data: compare batches, write image files of every kind, damage them."""
 
 from __future__ import annotations
 
+import multiprocessing
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -41,6 +43,21 @@ def joined(parts: list[Batch]) -> Batch:
     return Batch(parts[0].step, both([part.views for part in parts]), parameters, labels)
 
 
+def assert_no_workers_left() -> None:
+    end = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not multiprocessing.active_children()
+
+
+def torchvisions(image: Image.Image, size: int, crop: int) -> np.ndarray:
+    """The evaluation view by torchvision: short side `size`, then the centre `crop`."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    transform = v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC), v2.CenterCrop(crop)])
+    return np.asarray(transform(image))
+
+
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
     random = np.random.RandomState(seed)
     small = Image.fromarray(random.randint(0, 256, (7, 9, 3)).astype(np.uint8))
@@ -60,7 +77,7 @@ def sixteen_bit_png(pixels: np.ndarray) -> bytes:
 
 
 def write_every_kind(root: Path, width: int = 61, height: int = 45) -> list[Path]:
-    """One image of each kind that the loaders must show alike, 36 files."""
+    """Write 36 files, one image of each kind; all loaders must make the same pixels of them."""
     root.mkdir(parents=True, exist_ok=True)
     image = smooth(width, height)
     gray, pixels = image.convert("L"), np.asarray(image)

@@ -144,6 +144,96 @@ def test_dimensional_threshold_is_the_bits_of_the_codes():
     assert collapse_checks(embeddings, embeddings, code * 0)["dimensional"].threshold == 2.5
 
 
+def with_energy_share(x: np.ndarray, share: float) -> np.ndarray:
+    """x moved so that sqrt(variance / mean squared norm) is `share`."""
+    x = x.astype(np.float64) - x.mean(0)
+    variance = (x**2).sum(1).mean()
+    direction = np.ones(x.shape[1]) / math.sqrt(x.shape[1])
+    return x + direction * math.sqrt(variance * (1 / share**2 - 1))
+
+
+def with_effective_rank(rank: float, n: int, f: int) -> np.ndarray:
+    """(n, f) centred vectors along floor(rank) directions of equal energy and one weaker; their effective rank is `rank`."""
+    equal = math.floor(rank)
+
+    def energies(weak: float) -> np.ndarray:
+        return np.array([(1 - weak) / equal] * equal + [weak])
+
+    low, high = 1e-12, 1 / (equal + 1)
+    for _ in range(100):
+        middle = (low + high) / 2
+        p = energies(middle)
+        low, high = (middle, high) if math.exp(-(p * np.log(p)).sum()) < rank else (low, middle)
+    rng = np.random.default_rng(0)
+    basis = rng.standard_normal((n, equal + 1))
+    basis = np.linalg.qr(basis - basis.mean(0))[0]
+    directions = np.linalg.qr(rng.standard_normal((f, equal + 1)))[0].T
+    return (basis * np.sqrt(energies(low))) @ directions
+
+
+# The published lines, written out a second time: `value > line` is ok.
+LINES = {"representation": 0.02, "dimensional": 2.5, "intracluster": math.log(0.01)}
+
+
+@pytest.mark.parametrize("where", ["value", "backbone_value"])
+@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize("name", LINES)
+def test_either_side_of_the_published_lines(name: str, side: str, where: str) -> None:
+    """Just below its line a check fails, just above it passes, on the embeddings as on the features."""
+    line = LINES[name]
+    healthy, code = clusters(4, 0.2, n=400, f=64)  # log2 of four codes is less than 2.5
+    if name == "intracluster":
+        ratio, tolerance = (0.0075 if side == "below" else 0.0135), 0.15
+        expected = math.log(ratio)
+        tested, code = clusters(20, ratio, n=400, f=64)  # the codes +-1 have a spread near 1
+        healthy = clusters(20, 0.2, n=400, f=64)[0]
+    elif name == "representation":
+        expected, tolerance = line * (0.95 if side == "below" else 1.05), 1e-4
+        tested = with_energy_share(healthy, expected)
+    else:
+        expected, tolerance = line + (-0.05 if side == "below" else 0.05), 1e-4
+        tested = with_effective_rank(expected, 400, 64)
+    arrays = (tested, healthy) if where == "value" else (healthy, tested)
+    check = collapse_checks(*arrays, code, None, 10)[name]
+    assert check.threshold == pytest.approx(line, rel=1e-12)
+    assert getattr(check, where) == pytest.approx(expected, abs=tolerance)
+    assert check.ok == (side == "above")
+
+
+@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize(("codes", "line"), [(16, 4.0), (64, 6.0)])
+def test_either_side_of_the_bits_of_many_codes(codes: int, line: float, side: str) -> None:
+    healthy, code = clusters(codes, 0.2, n=640, f=64)[0], np.arange(640) % codes
+    rank = line + (-0.05 if side == "below" else 0.05)
+    check = collapse_checks(with_effective_rank(rank, 640, 64), healthy, code, None, 10)["dimensional"]
+    assert check.threshold == pytest.approx(line) and check.value == pytest.approx(rank, abs=1e-4)
+    assert check.ok == (side == "above")
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "line", "below", "above"),
+    [  # images of each code; equally many in k codes have the perplexity k
+        (10, 5.0, [82, 80, 80, 80, 78], [79, 79, 79, 79, 79, 5]),
+        (40, 20.0, [21] + [20] * 18 + [19], [20] * 19 + [19, 1]),
+        (3, 1.5, [345, 55], [339, 61]),
+        (2, 1.5, [345, 55], [339, 61]),
+        (None, 2.0, [202, 198], [199, 199, 2]),
+        (1, 2.0, [202, 198], [199, 199, 2]),
+    ],
+)
+def test_either_side_of_the_line_of_the_perplexity(
+    num_classes: int | None, line: float, below: list[int], above: list[int]
+) -> None:
+    embeddings, _ = clusters(20, 0.2, n=400, f=64)
+    for counts, ok in ((below, False), (above, True)):
+        code = np.repeat(np.arange(len(counts)), counts)
+        shares = np.array(counts) / 400
+        check = collapse_checks(embeddings, embeddings, code, None, num_classes)["cluster"]
+        assert check.threshold == line and check.ok == ok
+        assert check.value == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+        assert abs(check.value - line) < 0.05 * line
+
+
 def test_energy_share_is_variance_over_energy():
     x = np.random.default_rng(0).exponential(size=(2000, 30)).astype(np.float32)
     centred = x - x.mean(0)

@@ -1,3 +1,5 @@
+"""Frozen features against a plain forward pass in evaluation mode, one image at a time."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from falcon_fast.errors import UsageError
-from falcon_fast.evaluation import arrays, probe
+from falcon_fast.evaluation import probe
 from falcon_fast.evaluation.probe import linear_probe
 
 
@@ -59,21 +59,6 @@ def test_scale_and_shift_of_features_do_not_matter(digits):
     scale = np.logspace(-3, 3, 64).astype(np.float32)
     moved = linear_probe(train * scale + 5 * scale, train_labels, test * scale + 5 * scale, test_labels)
     assert abs(moved - linear_probe(*digits)) < 0.01
-
-
-def test_standardise_uses_the_training_set_and_keeps_constants_quiet():
-    rng = np.random.default_rng(0)
-    train = rng.normal(3, 2, (500, 4)).astype(np.float32)
-    train[:, 1] = 7
-    train[:, 2] = 1000 * (1 + 6e-8 * rng.standard_normal(500))
-    test = rng.normal(5, 1, (300, 4)).astype(np.float32)
-    test[:, 1:3] = train[:300, 1:3]
-    a, b = arrays.standardise(train, test)
-    assert a.dtype == b.dtype == np.float32
-    np.testing.assert_allclose(a[:, [0, 3]].mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(a[:, [0, 3]].std(0), 1, atol=1e-5)
-    np.testing.assert_allclose(b[:, 0], (test[:, 0] - train[:, 0].mean()) / train[:, 0].std(), rtol=1e-3, atol=1e-4)
-    assert np.abs(a[:, 1:3]).max() < 1e-3
 
 
 def test_unfinished_optimisation_is_not_shown_to_users(digits, monkeypatch):

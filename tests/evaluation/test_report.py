@@ -1,14 +1,17 @@
+"""The tables and the picture of a run: every figure in the place that its heading says."""
+
 from __future__ import annotations
 
 import io
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from falcon_fast.evaluation.report import plot_curves, result_tables
-from falcon_fast.training.records.metrics_file import MetricsFile
+from falcon_fast.training.records.metrics_file import COLUMNS, MetricsFile
 
 CHECK = {"value": 1.25, "threshold": 0.5, "ok": True, "backbone_value": None, "explanation": ""}
 BAD = {"value": 0.1, "threshold": 0.5, "ok": False, "backbone_value": 0.25, "explanation": ""}
@@ -64,6 +67,72 @@ def test_the_picture_shows_curves(tmp_path):
     assert full.shape == empty.shape and full.shape[1] > 800
     assert (full != empty).mean() > 0.005
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.csv", "empty.png", "full.csv", "full.png"]
+
+
+def cells(table) -> list[list[str]]:
+    """The rows of a table, headings first."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def test_every_figure_stands_in_its_column():
+    def row(k: int) -> dict[str, float]:
+        return {"probe": k + 0.1, "knn": k + 0.2, "nmi_kmeans": k + 0.3}
+
+    def check(k: int) -> dict[str, object]:
+        return {"value": k + 0.5, "backbone_value": k + 0.6, "threshold": k + 0.7, "ok": k % 2 == 0, "explanation": ""}
+
+    names = ("representation", "dimensional", "cluster", "intracluster")
+    trained = row(3) | {
+        "nmi_codes": 3.4,
+        "codes_used": 17,
+        "collapse": {name: check(k) for k, name in enumerate(names)},
+    }
+    comparison, collapse = result_tables({"raw_pixels": row(1), "random_init": row(2), "trained": trained})
+    assert cells(comparison) == [
+        ["", "probe", "kNN", "NMI k-means", "NMI codes", "codes"],
+        ["raw pixels", "1.100", "1.200", "1.300", "", ""],
+        ["random weights", "2.100", "2.200", "2.300", "", ""],
+        ["trained by FALCON", "3.100", "3.200", "3.300", "3.400", "17"],
+    ]
+    assert cells(collapse) == [
+        ["", "embeddings", "backbone", "must exceed", "verdict"],
+        ["representation (energy)", "0.500", "0.600", "0.700", "ok"],
+        ["dimensional (effective rank)", "1.500", "1.600", "1.700", "COLLAPSED"],
+        ["cluster (code perplexity)", "2.500", "2.600", "2.700", "ok"],
+        ["intra-cluster (log spread)", "3.500", "3.600", "3.700", "COLLAPSED"],
+    ]
+
+
+def test_every_curve_is_its_own_column(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.figure import Figure
+
+    shown: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (shown.append(self), save(self, *a, **k))[1])
+    with MetricsFile(tmp_path / "metrics.csv") as file:
+        for step in (1, 2, 3):  # every column has values of its own
+            file.write({name: 10.0 * k + step for k, name in enumerate(COLUMNS)} | {"step": step, "epoch": step / 2})
+    plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    (figure,) = shown
+    expected = {
+        "loss (nats)": {"loss": "loss", "prior": "prior", "invariance": "invariance"},
+        "codes in use": {"in a batch": "codes_used", "on the test split": "test_codes_used"},
+        "against labels": {"online probe, test split": "probe_accuracy", "NMI of the codes, test split": "nmi_codes"},
+    }
+    assert [axes.get_title() for axes in figure.axes] == list(expected)
+    for axes in figure.axes:
+        columns = expected[axes.get_title()]
+        assert [line.get_label() for line in axes.lines] == list(columns)
+        assert {text.get_text() for text in axes.get_legend().get_texts()} == set(columns)
+        assert axes.get_xlabel() == "epoch"
+        for line in axes.lines:
+            base = 10.0 * COLUMNS.index(columns[line.get_label()])
+            assert list(line.get_xdata()) == [0.5, 1.0, 1.5] and list(line.get_ydata()) == [
+                base + 1,
+                base + 2,
+                base + 3,
+            ]
 
 
 def test_what_could_not_be_measured_is_not_called_collapsed():

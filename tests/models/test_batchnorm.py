@@ -1,3 +1,5 @@
+"""BatchNorm per view against two separate passes, and over two processes against one process with the whole batch."""
+
 from __future__ import annotations
 
 import copy

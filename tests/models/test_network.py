@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,18 @@ from torch import nn
 
 from falcon_fast.config import Config, ModelConfig, load_recipe, override
 from falcon_fast.errors import UsageError
+from falcon_fast.models import network as module
 from falcon_fast.models.batchnorm import per_view_batchnorm
-from falcon_fast.models.network import FalconNetwork, ResNet8, build_backbone, build_codes, build_network
-from falcon_fast.objective import HadamardCodes, RademacherCodes
+from falcon_fast.models.network import (
+    FalconNetwork,
+    ResNet8,
+    blocks_of,
+    build_backbone,
+    build_codes,
+    build_criterion,
+    build_network,
+)
+from falcon_fast.objective import HadamardCodes, RademacherCodes, falcon_loss
 
 
 def count(module: nn.Module) -> int:
@@ -235,7 +245,7 @@ def test_a_backbone_without_one_vector_an_image(output: str, monkeypatch: pytest
     import timm
 
     monkeypatch.setattr(timm, "create_model", lambda *_a, **_k: Odd(output))
-    with pytest.raises(UsageError, match="not one vector an image"):
+    with pytest.raises(UsageError, match="not one vector per image"):
         build_backbone(ModelConfig("resnet18", stem="imagenet"), 8)
 
 
@@ -300,3 +310,57 @@ def test_the_dictionary_is_the_one_configured() -> None:
     assert isinstance(hadamard, HadamardCodes)
     w = hadamard.dense(torch.float64).numpy()
     assert np.array_equal(w @ w.T, 64 * np.eye(16))
+
+
+@pytest.mark.parametrize("prior", ["reverse", "forward"])
+def test_the_criterion_is_the_loss_configured(prior: str) -> None:
+    config = small(7, **{"loss.beta": 0.7, "loss.prior": prior, "loss.temperature_batch": 5})
+    codes = build_codes(config)
+    h1, h2 = torch.randn(2, 12, 16).tanh()
+    ours = build_criterion(config, codes)(h1, h2)
+    theirs = falcon_loss(h1, h2, codes, config.tau, beta=0.7, prior=prior, implementation="reference")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    plain = falcon_loss(h1, h2, codes, 2 * config.tau, beta=0.7, prior=prior, implementation="reference")
+    assert (ours.loss - plain.loss).abs() > 0.01  # the temperature shows
+
+
+def test_the_criterion_gets_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        module, "FalconLoss", lambda codes, tau, **settings: seen.update(settings, codes=codes, tau=tau)
+    )
+    config = small(
+        7,
+        **{
+            "loss.beta": 0.7,
+            "loss.prior": "forward",
+            "loss.implementation": "reference",
+            "loss.plan": "streaming",
+            "loss.memory_budget": 3,
+        },
+    )
+    codes, group = build_codes(config), object()
+    build_criterion(config, codes, group)  # type: ignore[arg-type]
+    assert seen == {
+        "codes": codes,
+        "tau": config.tau,
+        "beta": 0.7,
+        "prior": "forward",
+        "group": group,
+        "implementation": "reference",
+        "plan": "streaming",
+        "memory_budget": 3 * 2**20,
+    }
+    build_criterion(small(7), codes)
+    assert seen["memory_budget"] is None and seen["group"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind"),
+    [("resnet8", 3, "BasicBlock"), ("resnet18", 8, "BasicBlock"), ("vit_tiny_patch16_224", 12, "Block")],
+)
+def test_the_blocks_of_a_backbone_are_those_it_repeats(name: str, count: int, kind: str) -> None:
+    blocks = blocks_of(build_backbone(ModelConfig(name, 4), 32))
+    assert [type(block).__name__ for block in blocks] == [kind] * count
+    assert blocks_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == []  # of one layer each

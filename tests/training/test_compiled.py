@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.loaders.choose import training_batches
+from falcon_fast.data.loaders.training import training_batches
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory

@@ -1,1 +1,1 @@
-"""The loaders: each shows the network the views that the clock names, whatever decodes and crops them."""
+"""The loaders. Each yields the views that the clock (`views/sampling.py`) names; they differ in how they decode and crop."""

@@ -1,17 +1,19 @@
-"""The DALI loader: files decoded once, two regions resized, by the clock's numbers.
+"""The DALI loader: it decodes each file once and resizes two regions of the image, as the clock says.
 
-The host feeds DALI's graph with the bytes of the files and, on a GPU, with the two regions of each image, by the clock's numbers
-and the sizes in the files' headers; the graph itself draws nothing. So it needs no checkpoint, no reader and no epoch: starting
-at any step is starting there. A mirrored view is a region whose left and right are exchanged.
+The host gives DALI's graph (`dali_pipeline`) the bytes of the files and, on a GPU, the two regions of each image, which it
+computes from the clock's numbers and the sizes in the files' headers. The graph itself draws no random numbers. So there is no
+state to save: the loader has no reader and no epochs, and can start at any step. For a mirrored view, left and right of the
+region are exchanged.
 
-On a GPU the graph resizes, too. On a CPU it only decodes, for DALI's bicubic operator takes seventeen times as long there as
-ours (`crops`). Two 224 px views of a photograph from ImageNet, on two cores: 1.1 ms, 0.9 of them to decode.
+On a GPU the graph also resizes. On a CPU it only decodes, because DALI's bicubic operator takes seventeen times as long as our
+own crops (`crops_cpu`). Two 224 px views of a photograph from ImageNet take 1.1 ms on two cores, of which decoding takes 0.9 ms.
 
-Nothing waits: threads read files READ_AHEAD steps ahead, DALI decodes PREFETCH steps ahead, and the views are handed over
-on torch's own stream.
+All stages overlap: threads read files READ_AHEAD steps ahead, DALI decodes PREFETCH steps ahead, and the views are handed over on
+torch's own CUDA stream.
 
-A file that DALI cannot decode ends its pipeline. Its step is then examined image by image, what Pillow cannot decode either goes
-into quarantine, what only DALI cannot is fed as a bitmap from then on, and a new pipeline starts at the same step.
+A file that DALI cannot decode ends its pipeline. The loader then examines the images of that step one by one. An image that
+Pillow cannot decode either goes into quarantine; an image that only DALI cannot decode is fed as a bitmap from then on. Then a
+new pipeline starts at the same step.
 """
 
 from __future__ import annotations
@@ -27,85 +29,19 @@ import torch
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.dali_files import bitmap, encoded
+from falcon_fast.data.loaders.dali_pipeline import build_pipeline, regions, whole_image
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, reason_of
-from falcon_fast.data.views.crops import resized_crops
+from falcon_fast.data.views.crops_cpu import resized_crops
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.errors import TrainingError
 
-READ_AHEAD = 4  # steps, a thread each: files on a disk far away are read together
-PREFETCH = 2  # steps decoded ahead
-# Of nvJPEG's hardware decoder, where there is one: the share of a batch that it takes, the rest goes to CUDA. DALI's default.
-HW_DECODER_LOAD = 0.65
+READ_AHEAD = 4  # steps, one thread each; reading several files at once helps on a slow or remote disk
 
 
-def build_pipeline(
-    source: Any,
-    batch_size: int,
-    size: int,
-    device: torch.device,
-    threads: int,
-    hw_decoder_load: float = HW_DECODER_LOAD,
-) -> Any:
-    """The graph. With `threads` 0 and a device "cuda" without number only for `serialize()`, which checks it and needs no GPU.
-
-    source: called for each step, gives a list of B encoded files, uint8 (n,) each; on a GPU then the `regions`.
-    Outputs: on a GPU the two views, uint8 (B, S, S, 3); on a CPU the images, uint8 (H, W, 3) each. Last, on the CPU, the
-    images' shapes, int64 (B, 3).
-    """
-    from nvidia.dali import fn, pipeline_def, types
-
-    gpu = device.type == "cuda"
-
-    @pipeline_def
-    def graph() -> tuple[Any, ...]:
-        files, *corners = fn.external_source(source=source, num_outputs=5 if gpu else 1, batch=True)
-        decode = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if gpu else {"device": "cpu"}
-        # Fancy upsampling of the chroma: what libjpeg-turbo does for Pillow.
-        images = fn.decoders.image(files, output_type=types.DALIImageType.RGB, jpeg_fancy_upsampling=True, **decode)
-        if not gpu:
-            return images, images.shape()
-        views = (
-            fn.resize(
-                images,
-                size=[size, size],
-                roi_start=start,
-                roi_end=end,
-                interp_type=types.DALIInterpType.INTERP_CUBIC,
-                antialias=True,
-            )
-            for start, end in zip(corners[::2], corners[1::2], strict=True)
-        )
-        return (*views, images.shape())
-
-    return graph(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device.index if gpu else None,  # None: torch's current one, where an operator is a GPU's
-        prefetch_queue_depth=PREFETCH,
-    )
-
-
-def regions(boxes: np.ndarray, flips: np.ndarray) -> list[np.ndarray]:
-    """Where the regions begin and end, (y, x) in pixels: four float32 (B, 2), begin and end of view 1, then of view 2.
-
-    boxes: int64 (2, B, 4), top, left, height, width.  flips: bool (2, B).
-    """
-    top, left, height, width = np.moveaxis(boxes, 2, 0)
-    right = left + width
-    begin = np.stack([top, np.where(flips, right, left)], 2).astype(np.float32)
-    end = np.stack([top + height, np.where(flips, left, right)], 2).astype(np.float32)
-    return [begin[0], end[0], begin[1], end[1]]
-
-
-def _whole(device: torch.device) -> list[np.ndarray]:
-    """The regions of a single image that is only to be decoded."""
-    return [] if device.type == "cpu" else regions(np.array([[[0, 0, 1, 1]]] * 2), np.zeros((2, 1), bool))
-
-
-class _Prepared(NamedTuple):
-    """One step as the host prepared it."""
+class _EncodedBatch(NamedTuple):
+    """One step's encoded files and crop boxes, before DALI decodes them."""
 
     plan: BatchPlan
     files: list[np.ndarray]
@@ -116,13 +52,13 @@ class _Prepared(NamedTuple):
 
 
 class _Feeder:
-    """Reads the files of the steps to come, in threads, and hands them out in order."""
+    """Reads the files of the coming steps in threads and hands them to DALI in order."""
 
     def __init__(self, loader: _Loader, steps: range) -> None:
         self.loader, self.ahead = loader, iter(steps)
         self.pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="falcon-fast-read")
-        self.reading: deque[Future[_Prepared | dict[int, str]]] = deque()
-        self.given: deque[_Prepared | dict[int, str]] = deque()  # to DALI, and not yet back from there
+        self.reading: deque[Future[_EncodedBatch | dict[int, str]]] = deque()
+        self.given: deque[_EncodedBatch | dict[int, str]] = deque()  # given to DALI, not returned yet
         for _ in range(READ_AHEAD):
             self._read()
 
@@ -132,24 +68,25 @@ class _Feeder:
             self.reading.append(self.pool.submit(self.loader.prepare, step))
 
     def __call__(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
-        """DALI's source: called for each step, in the thread that asks DALI for a batch."""
+        """Return the next step's files, and on a GPU their regions. DALI calls this in the thread that asks it for a batch."""
         if not self.reading:
             raise StopIteration
         prepared = self.reading.popleft().result()
         self._read()
         self.given.append(prepared)
-        if isinstance(prepared, dict):  # more bad images than allowed: the loader stops when it comes to this step
+        if isinstance(prepared, dict):  # too many bad images: the loader stops when it comes to this step
             raise StopIteration
         if self.loader.device.type == "cpu":
             return (prepared.files,)
         return prepared.files, *regions(prepared.boxes, prepared.plan.flips)
 
     def close(self) -> None:
+        """Stop reading, and wait for the threads."""
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Loader:
-    """What the threads and the consumer share."""
+    """The state that the reading threads and the consumer share."""
 
     def __init__(
         self, split: Split, clock: Clock, size: int, device: torch.device, rank: int, world: int, quarantine: Quarantine
@@ -161,11 +98,13 @@ class _Loader:
         self.labels, self.clock, self.size, self.device = split.labels, clock, size, device
         self.rank, self.world, self.quarantine = rank, world, quarantine
         self.bad = dict(quarantine.bad)
-        self.by_pillow: set[int] = set()  # images that DALI does not decode, or not as their header says
+        # Images that DALI cannot decode, or decodes to another size than the header says.
+        self.by_pillow: set[int] = set()
         self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
         self.croppers = ThreadPoolExecutor(self.threads, thread_name_prefix="falcon-fast-crop")
 
-    def prepare(self, step: int) -> _Prepared | dict[int, str]:
+    def prepare(self, step: int) -> _EncodedBatch | dict[int, str]:
+        """Read the files of one step. Return only the new bad images if too many images are bad."""
         plan = self.clock.at(step, self.rank, self.world)
 
         def load(index: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -177,13 +116,14 @@ class _Loader:
         sizes = np.array([size for _, size in share.images], np.int64)
         files = [data for data, _ in share.images]
         boxes = np.stack([crop_boxes(plan.geometry[view], sizes[:, 1], sizes[:, 0], self.rule) for view in range(2)])
-        return _Prepared(plan, files, share.indices, sizes, boxes, share.found)
+        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.found)
 
     def pipeline(self, source: Any) -> Any:
+        """Build a pipeline that takes its files from `source`."""
         return build_pipeline(source, self.clock.batch_size // self.world, self.size, self.device, self.threads)
 
     def batches(self, steps: range) -> Iterator[Batch]:
-        """The batches of `steps` as far as one pipeline comes; ends early where it met an image that it cannot decode."""
+        """Yield the batches of `steps` from one pipeline. Ends early if it meets an image that the pipeline cannot decode."""
         feeder = _Feeder(self, steps)
         try:
             pipeline = self.pipeline(feeder)
@@ -194,15 +134,16 @@ class _Loader:
                 except StopIteration:  # raised in `_Feeder.__call__`
                     decoded, shapes = [], None
                 except RuntimeError as error:
-                    self.examine([each for each in feeder.given if isinstance(each, _Prepared)], error)
+                    self.examine([each for each in feeder.given if isinstance(each, _EncodedBatch)], error)
                     return
                 prepared = feeder.given.popleft()
-                # Instead of a step that met too many, all that any thread has found so far.
+                # If this step met too many bad images, report all that any thread has found so far.
                 for index, reason in list((self.bad if isinstance(prepared, dict) else prepared.found).items()):
                     self.quarantine.add(index, reason)
-                assert isinstance(prepared, _Prepared)  # the quarantine has raised otherwise
+                assert isinstance(prepared, _EncodedBatch)  # otherwise the quarantine has raised
                 found = np.from_dlpack(shapes.as_tensor())[:, 1::-1]
-                if (changed := (found != prepared.sizes).any(1)).any():  # since the header was read
+                changed = (found != prepared.sizes).any(1)
+                if changed.any():  # the file has changed since its header was read
                     self.by_pillow |= set(prepared.indices[changed].tolist())
                     return
                 yield Batch(
@@ -214,15 +155,15 @@ class _Loader:
         finally:
             feeder.close()
 
-    def views(self, decoded: list[Any], prepared: _Prepared) -> torch.Tensor:
-        """Both views, uint8 (2 B, S, S, 3), from what the pipeline gave."""
+    def views(self, decoded: list[Any], prepared: _EncodedBatch) -> torch.Tensor:
+        """Return both views, uint8 (2 B, S, S, 3), from the pipeline's outputs."""
         if self.device.type == "cuda":
-            # The one copy: both views into one batch, which lets go of DALI's buffers.
+            # The only copy: it joins both views into one batch and releases DALI's buffers.
             return torch.cat([torch.from_dlpack(view.as_tensor()) for view in decoded])
         images = [np.from_dlpack(decoded[0][i]) for i in range(len(prepared.files))]
         return resized_crops(images, prepared.boxes, prepared.plan.flips, self.size, self.croppers)
 
-    def examine(self, suspects: list[_Prepared], error: RuntimeError) -> None:
+    def examine(self, suspects: list[_EncodedBatch], error: RuntimeError) -> None:
         """Find the images of these steps that DALI cannot decode. Raises TrainingError if there are none."""
         before = len(self.bad) + len(self.by_pillow)
         for prepared in suspects:
@@ -232,7 +173,7 @@ class _Loader:
                 try:
                     bitmap(self.paths[index])
                     self.by_pillow.add(index)
-                except Exception as damage:  # Pillow raises whatever its decoders do
+                except Exception as damage:  # Pillow's decoders raise many types
                     self.bad[index] = reason_of(damage)
                     self.quarantine.add(index, self.bad[index])
             if len(self.bad) + len(self.by_pillow) > before:
@@ -241,23 +182,12 @@ class _Loader:
         raise TrainingError(f"DALI failed, on no particular image: {reason}")
 
     def _decodes(self, data: np.ndarray) -> bool:
+        """Check whether DALI decodes this file."""
         try:
-            build_pipeline(lambda: ([data], *_whole(self.device)), 1, 1, self.device, 1).run()
+            build_pipeline(lambda: ([data], *whole_image(self.device)), 1, 1, self.device, 1).run()
         except RuntimeError:
             return False
         return True
-
-
-def why_not(device: torch.device) -> str | None:
-    """Why DALI cannot work on this device, in one line; None if it can. Decodes one pixel, in 0.1 s."""
-    pixel = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)
-    try:
-        build_pipeline(lambda: ([pixel], *_whole(device)), 1, 1, device, 1).run()
-    except ModuleNotFoundError as error:
-        return f"{reason_of(error)}: pip install nvidia-dali-cuda130"
-    except Exception as error:  # a missing library, an old driver: ImportError, OSError, RuntimeError
-        return reason_of(error)
-    return None
 
 
 def training_batches(
@@ -270,11 +200,13 @@ def training_batches(
     world_size: int = 1,
     quarantine: Quarantine | None = None,
 ) -> Generator[Batch]:
-    """Yield the batches of `steps`, in order, on `device`: as `workers.training_batches` does, from image files by crops.
+    """Yield the batches of `steps`, in order, on `device`. Needs image files and an augmentation that crops.
+
+    The arguments are those of `workers.training_batches`.
 
     Raises:
         UsageError: more images are bad than the quarantine allows; the message names one.
-        TrainingError: DALI failed for another reason than an image.
+        TrainingError: DALI failed, and not because of an image.
     """
     loader = _Loader(split, clock, size, device, rank, world_size, quarantine or Quarantine(split.images))
     with loader.croppers:

@@ -1,4 +1,4 @@
-"""The images as evaluation sees them: each once, in order, resized and centred, without augmentation."""
+"""Batches for evaluation: each image once, in order, resized and centre cropped, without augmentation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from falcon_fast.data.loaders.workers import _leave_signals_to_the_trainer
+from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
 from falcon_fast.data.sources.images import Images, Split, reason_of
-from falcon_fast.data.views.crops import fitted
+from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.errors import UsageError
 
 
-class _Evaluated(Dataset):
-    """Item i is image i as evaluation sees it, uint8 (S, S, 3), or why it cannot be decoded."""
+class _Evaluated(Dataset[tuple[int, np.ndarray | str]]):
+    """Item i is the evaluation view of image i, uint8 (S, S, 3), or the reason why it cannot be decoded."""
 
     def __init__(self, images: Images, size: int) -> None:
         self.images, self.size = images, size
@@ -25,10 +25,8 @@ class _Evaluated(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
-            return index, np.asarray(fitted(self.images.image(index), self.size))
-        except (
-            Exception
-        ) as error:  # Pillow raises whatever its decoders do; as it is, it would come as a worker's traceback
+            return index, np.asarray(evaluation_view(self.images.image(index), self.size))
+        except Exception as error:  # Pillow's decoders raise many types; a worker would show their tracebacks
             return index, reason_of(error)
 
 
@@ -46,29 +44,35 @@ def evaluation_batches(
     workers: int = 0,
     bad: dict[int, str] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield the split's images once, in order, centred and without augmentation: uint8 (<= batch_size, 3, S, S), channels_last.
+    """Yield the evaluation views of a split's images, each once and in order: uint8 (<= batch_size, 3, S, S), channels_last.
 
-    bad: takes the images that cannot be decoded, number -> reason, which are then left out.
+    Args:
+        split: the images; labels are ignored.
+        size: side S of a view in pixels.
+        device: where the batches are put.
+        batch_size: images per batch; the last batch may be smaller.
+        workers: worker processes that decode; 0 to decode in this process.
+        bad: receives the images that cannot be decoded, number -> reason; they are left out of the batches.
 
     Raises:
-        UsageError: an image cannot be decoded and `bad` is None; the message names the file.
+        UsageError: an image cannot be decoded and `bad` is None (the message names the file), or no image can be decoded.
     """
     loader = DataLoader(
         _Evaluated(split.images, size),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_stack,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
     )
     some = not len(split.images)
     for images, found in loader:
         for index, reason in found.items():
             if bad is None:
-                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): mend or remove it")
+                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): repair or remove it")
             bad[index] = reason
         if images is not None:
             some = True
             yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     if not some:
-        raise UsageError(f"none of {len(split.images)} images can be decoded: is the disk still there?")
+        raise UsageError(f"none of {len(split.images)} images can be decoded: check that the disk is still mounted")

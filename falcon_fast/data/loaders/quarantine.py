@@ -1,9 +1,9 @@
-"""Images that cannot be read: set aside, replaced in place, listed in the run directory.
+"""Images that cannot be read: they are set aside, replaced in place, and listed in the run directory.
 
-An image is bad when Pillow cannot decode it, whatever the loader. At its position in the epoch stands the next good image in the
-clock's order instead, so that no other position shifts: what a run sees depends on which files are bad, not on when or by
-which process that was found. Each one is reported once and listed in `quarantine.csv`, which a resumed run reads again:
-a file that was mended in between stays aside until the next run.
+An image is bad when Pillow cannot decode it, whichever loader is used. Its position in the epoch shows the next good image in the
+clock's order instead, so no other position shifts: what a run sees depends on which files are bad, not on when or by which
+process that was found. Each bad image is reported once and listed in `quarantine.csv`. A resumed run reads this list again, so a
+file that was repaired in between stays set aside until the next run.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ T = TypeVar("T")
 
 
 class Quarantine:
-    """The bad images of a training split, by number, and why.
+    """The bad images of a training split: their numbers and the reasons.
 
     Args:
-        images: the split's images, for their names.
-        max_fraction: of them that may be bad (one always may, unless this is 0).
-        path: where they are listed; None for nowhere. What the file lists already is taken over.
+        images: the images of the split, for their names.
+        max_fraction: largest fraction of the images that may be bad (one may always be bad, unless this is 0).
+        path: CSV file that lists the bad images; None to keep no list. Images that the file lists already are taken over.
         known: bad images found before, number -> reason.
-        left_out: unreadable files that never got a number; they count, too.
-        say: takes a line for each bad image that is found.
+        left_out: unreadable files that never got a number; they count as bad, too.
+        say: receives one line for each bad image that is found.
 
     Raises:
-        UsageError: more are bad than allowed.
+        UsageError: more images are bad than allowed.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Quarantine:
 
     @property
     def limit(self) -> int:
-        """How many numbered images may be bad."""
+        """The largest allowed number of bad images among those that have a number."""
         total = len(self.images) + len(self.left_out)
         allowed = max(1, int(self.max_fraction * total)) if self.max_fraction > 0 else 0
         return min(allowed - len(self.left_out), len(self.images) - 1)
 
     def add(self, index: int, reason: str) -> None:
-        """Set an image aside. Raises UsageError when too many are."""
+        """Set an image aside and report it. Raises UsageError if too many images are bad now."""
         if index in self.bad:
             return
         self.bad[index] = reason
@@ -79,6 +79,7 @@ class Quarantine:
         self.check()
 
     def check(self) -> None:
+        """Raise UsageError if more images are bad than allowed."""
         if len(self.bad) <= self.limit:
             return
         count, total = len(self.bad) + len(self.left_out), len(self.images) + len(self.left_out)
@@ -92,7 +93,7 @@ class Quarantine:
             listed = "; `falcon-fast data verify` names them all"
         raise UsageError(
             f"{count} of {total} images cannot be decoded, such as {example}{listed}: "
-            f"more than data.max_bad_fraction {self.max_fraction:g} allows; mend or remove them, or raise it"
+            f"more than data.max_bad_fraction {self.max_fraction:g} allows; repair or remove them, or raise this limit"
         )
 
     def _read(self, path: Path) -> None:
@@ -103,7 +104,7 @@ class Quarantine:
                         self.bad[int(row["image"])] = row["reason"]
         except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
             raise UsageError(
-                f"{path} is damaged ({error}): mend it, or remove it to look for bad images anew"
+                f"{path} is damaged ({error}): repair it, or delete it to search for bad images again"
             ) from None
 
     def _write(self, index: int | str, name: str, reason: str) -> None:
@@ -118,19 +119,27 @@ class Quarantine:
 
 
 class Share(NamedTuple, Generic[T]):
-    """What `load_share` found: one rank's images of one step."""
+    """One rank's images of one step, as `load_share` loaded them."""
 
     images: list[T]
-    indices: np.ndarray  # int64 (n,): which images these are, stand-ins included
+    indices: np.ndarray  # int64 (n,): the numbers of these images, stand-ins included
     found: dict[int, str]  # bad images that were not known before
 
 
 def load_share(
     clock: Clock, plan: BatchPlan, load: Callable[[int], T], bad: dict[int, str], limit: int
 ) -> Share[T] | dict[int, str]:
-    """Load the images of a plan, a stand-in for each bad one; new bad ones are added to `bad`.
+    """Load the images of a plan, and the next good image in place of each bad one. New bad images are added to `bad`.
 
-    Returns all the new bad ones instead, with no images, when more than `limit` are bad: a disk that went away makes all bad.
+    Args:
+        clock: names the images that stand in for bad ones.
+        plan: the step's share of this rank.
+        load: loads an image by its number; any exception that it raises makes the image bad.
+        bad: bad images known so far, number -> reason.
+        limit: largest allowed number of bad images.
+
+    Returns:
+        A `Share`; or, if more than `limit` images are bad, only the new bad images (when a disk disappears, all images are bad).
     """
     images, indices, found = [], plan.indices.copy(), {}
     for i, position in enumerate(plan.positions):
@@ -139,7 +148,7 @@ def load_share(
                 continue
             try:
                 images.append(load(index))
-            except Exception as error:  # Pillow raises whatever its decoders do
+            except Exception as error:  # Pillow's decoders raise many types
                 bad[index] = found[index] = reason_of(error)
                 if len(bad) > limit:
                     return found
@@ -147,5 +156,5 @@ def load_share(
             indices[i] = index
             break
         else:
-            return found  # none is left that can be read
+            return found  # no readable image is left
     return Share(images, indices, found)

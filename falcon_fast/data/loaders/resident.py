@@ -1,14 +1,14 @@
-"""The resident loader: the whole data set on the device as uint8, crops and affine maps made there.
+"""The resident loader: the whole data set is on the device as uint8, and crops and affine maps are made there.
 
-For sets that fit (CIFAR, SVHN, digits, folders of small images) nothing is decoded twice and no process copies anything: a step
-is a few batched tensor operations on the device. The clock's numbers of a whole epoch go up at once.
+For data sets that fit (CIFAR, SVHN, digits, folders of small images), nothing is decoded twice and no process copies anything: a
+step is a few batched tensor operations on the device. The clock's numbers of a whole epoch are copied to the device at once.
 
-**The crop is Pillow's, to the bit.** Pillow resizes by fixed-point weights, integers of 22 bits, first along x and then
-along y (`crops`), each time rounded to uint8. So do the C++ kernels on a CPU and the Triton kernel on a GPU, two launches a
-batch. Elsewhere both passes are products with one matrix an image, of those same integers in float64: every sum stays below
-2^53 and is exact in whatever order it is taken, so that neither the device, nor the size of the batch, nor the number of ranks
-changes a pixel. (In float32 they would, now and then.) They take some sixty launches, and are what the kernel is compared with
-before it is used.
+**The crops equal Pillow's, bit for bit.** Pillow resizes with fixed-point weights, integers of 22 bits, first along x and then
+along y (`crops_cpu`), and rounds to uint8 after each pass. The C++ kernels on a CPU and the Triton kernel on a GPU (two launches
+per batch) do the same. Everywhere else both passes are products with one matrix per image (`crops_torch`), of those same integers
+in float64: every sum stays below 2^53 and is therefore exact in any order, so that neither the device, nor the batch size, nor
+the number of ranks changes a pixel. (In float32 they would, now and then.) These products take about sixty launches; the Triton
+kernel is compared with them before it is used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, reason_of
 from falcon_fast.data.views.affine import warp
-from falcon_fast.data.views.crop_products import crop
-from falcon_fast.data.views.crops import fitted
+from falcon_fast.data.views.crops_torch import crop
+from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import PhotometricTensors, to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, affine_matrices, crop_boxes
 from falcon_fast.kernels import cpu_extension, why_no_triton
@@ -34,7 +34,10 @@ from falcon_fast.kernels.cpu.views import resize_crops
 
 
 def kernel_differs(pixels: torch.Tensor, size: int) -> str | None:
-    """In what the Triton kernel fails at some crops of these images (N, H, W, 3) that `crop` makes; None where it does not."""
+    """Compare the Triton kernel with `crops_torch.crop` on four crops of these images.
+
+    pixels: uint8 (N, H, W, 3), on a GPU.  Returns what is wrong with the kernel, or None if both give the same pixels.
+    """
     from falcon_fast.kernels.gpu.views.crops import crop_views
 
     height, width = pixels.shape[1:3]
@@ -48,22 +51,25 @@ def kernel_differs(pixels: torch.Tensor, size: int) -> str | None:
         found = crop_views(pixels, indices, boxes, flips, size)
         expected = crop(pixels[indices].repeat(2, 1, 1, 1), boxes, flips, size)
         return None if torch.equal(found.permute(0, 3, 1, 2), expected) else "gives other pixels"
-    except Exception as error:  # whatever compilers do
+    except Exception as error:  # a compiler may raise anything
         return f"fails ({reason_of(error)})"
 
 
 def required_bytes(images: Images) -> int | None:
-    """What the images take on the device: all padded to the largest height and width. None where no header was scanned."""
+    """Return the bytes that the images take on the device, all padded to the largest height and width.
+
+    None if the sizes are not known, because no header was scanned.
+    """
     if isinstance(images, ImageArray):
         return images.pixels.nbytes
     if isinstance(images, ImageFiles) and images.sizes is not None:
-        width, height = np.array(images.sizes).max(0).tolist()
+        width, height = (int(side) for side in np.array(images.sizes).max(0))
         return len(images) * width * height * 3
     return None
 
 
 class _Epoch(NamedTuple):
-    """The clock's numbers of one rank's share of an epoch, or what of it is still to come, on the device."""
+    """The clock's numbers for T steps of one epoch, one rank's share, on the device."""
 
     number: int
     first_step: int
@@ -73,15 +79,17 @@ class _Epoch(NamedTuple):
     parameters: PhotometricTensors  # (T 2 n) rows
 
 
-class PlannedBatch(NamedTuple):
-    """What the clock says of a step, on the device: with the resident images it is a batch.
+class ViewInstructions(NamedTuple):
+    """Which views of which images one step needs, on the device: the clock's numbers as crop boxes or affine maps.
+
+    `ResidentImages.batch` carries them out and returns the finished batch.
 
     Attributes:
-        step: the optimisation step, counted over the whole run.
-        indices: int64 (B,), which images.
-        geometry: boxes int64 (2, B, 4), or affine maps float32 (2, B, 2, 3), of each view.
-        flips: bool (2, B).
-        parameters: of the photometric stage, 2 B rows.
+        step: number of the optimisation step, counted over the whole run.
+        indices: int64 (B,), the numbers of the images.
+        geometry: crop boxes int64 (2, B, 4), or affine maps float32 (2, B, 2, 3), for each view.
+        flips: bool (2, B), which views are mirrored.
+        parameters: for the photometric stage, 2 B rows.
     """
 
     step: int
@@ -92,11 +100,14 @@ class PlannedBatch(NamedTuple):
 
 
 class ResidentImages:
-    """A split's images on the device. Images that cannot be decoded go into the quarantine, all at the start.
+    """The images of a split on the device. All of them are decoded at the start, and those that cannot be go into the quarantine.
 
     Args:
+        split: images and labels.
         size: side S of a view in pixels.
-        affine: the views are affine maps, which take each image as evaluation sees it.
+        affine: whether the views are affine maps; these start from each image's evaluation view.
+        device: where the images are kept.
+        quarantine: the bad images known so far; new ones are added to it.
 
     Raises:
         UsageError: more images are bad than the quarantine allows.
@@ -110,25 +121,27 @@ class ResidentImages:
         else:
             pixels, sizes = self._decoded(images, quarantine)
         self.pixels = torch.from_numpy(pixels).to(device)
-        # On a CPU the crops are C++'s; by matrices in float64, as below, a batch takes 30 times as long.
+        # On a CPU the C++ kernels crop; matrix products in float64, as below, take 30 times as long for a batch.
         self.host = (
             np.ascontiguousarray(pixels) if device.type == "cpu" and not affine and cpu_extension is not None else None
         )
         self.by_kernel = device.type == "cuda" and not affine and why_no_triton(device) is None
         if self.by_kernel and (why := kernel_differs(self.pixels, size)) is not None:
-            warnings.warn(f"resident images are cropped slowly, by products: the kernel {why}", stacklevel=2)
+            warnings.warn(f"resident images are cropped slowly, by matrix products: the kernel {why}", stacklevel=2)
             self.by_kernel = False
-        self.sizes = sizes  # int64 (n, 2), width and height
+        self.sizes = sizes  # int64 (n, 2), width and height of each image
         self.labels = None if split.labels is None else torch.from_numpy(split.labels).to(device)
 
     def _decoded(self, images: Images, quarantine: Quarantine) -> tuple[np.ndarray, np.ndarray]:
+        """Decode all images. Return them padded to one size, uint8 (n, H, W, 3), and their width and height, int64 (n, 2)."""
+
         def decode(index: int) -> np.ndarray | str:
             if index in quarantine.bad:
                 return quarantine.bad[index]
             try:
                 image = images.image(index)
-                return np.asarray(fitted(image, self.size) if self.affine else image)
-            except Exception as error:  # Pillow raises whatever its decoders do
+                return np.asarray(evaluation_view(image, self.size) if self.affine else image)
+            except Exception as error:  # Pillow's decoders raise many types
                 return reason_of(error)
 
         with ThreadPoolExecutor() as pool:
@@ -146,9 +159,11 @@ class ResidentImages:
         return pixels, sizes
 
     def views(self, indices: torch.Tensor, geometry: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-        """Both views of n images: uint8 (2 n, 3, S, S), channels_last. On a GPU no host value is read: a CUDA graph can hold it.
+        """Return both views of n images: uint8 (2 n, 3, S, S), channels_last.
 
-        indices: int64 (n,).  geometry: boxes int64 (2, n, 4), or affine maps float32 (2, n, 2, 3).  flips: bool (2, n).
+        On a GPU no value is read back to the host, so a CUDA graph can hold this.
+
+        indices: int64 (n,).  geometry: crop boxes int64 (2, n, 4), or affine maps float32 (2, n, 2, 3).  flips: bool (2, n).
         """
         if self.host is not None:
             rows = [self.host[index] for index in indices.tolist()]
@@ -164,17 +179,20 @@ class ResidentImages:
             return warp(images, geometry.flatten(0, 1), flips.flatten()).permute(0, 3, 1, 2)
         return crop(images.repeat(2, 1, 1, 1), geometry.flatten(0, 1), flips.flatten(), self.size)
 
-    def batch(self, planned: PlannedBatch) -> Batch:
-        """The views and labels of a planned batch. No host value is read: a CUDA graph can hold it."""
+    def batch(self, instructions: ViewInstructions) -> Batch:
+        """Carry out the instructions: return the step's views and labels.
+
+        No value is read back to the host, so a CUDA graph can hold this.
+        """
         return Batch(
-            step=planned.step,
-            views=self.views(planned.indices, planned.geometry, planned.flips),
-            parameters=planned.parameters,
-            labels=None if self.labels is None else self.labels[planned.indices],
+            step=instructions.step,
+            views=self.views(instructions.indices, instructions.geometry, instructions.flips),
+            parameters=instructions.parameters,
+            labels=None if self.labels is None else self.labels[instructions.indices],
         )
 
     def epoch(self, plans: list[BatchPlan], clock: Clock, bad: dict[int, str]) -> _Epoch:
-        """The numbers of these steps of one epoch, on the device, in a few copies that nobody waits for."""
+        """Return the numbers of these steps, all of one epoch, on the device. The copies are few and asynchronous."""
         augmentation = clock.augmentation
         indices = np.stack([plan.indices for plan in plans])
         if bad:
@@ -219,8 +237,10 @@ def training_inputs(
     rank: int = 0,
     world_size: int = 1,
     quarantine: Quarantine | None = None,
-) -> tuple[Generator[PlannedBatch], Callable[[PlannedBatch], Batch]]:
-    """The planned batches of `steps`, in order, and what makes batches of them, on `device`.
+) -> tuple[Generator[ViewInstructions], Callable[[ViewInstructions], Batch]]:
+    """Return the `ViewInstructions` of `steps`, in order, and the function that turns each into a batch on `device`.
+
+    The arguments are those of `workers.training_batches`.
 
     Raises:
         UsageError: more images are bad than the quarantine allows; the message names one.
@@ -228,7 +248,7 @@ def training_inputs(
     quarantine = quarantine or Quarantine(split.images)
     resident = ResidentImages(split, size, clock.augmentation.affine is not None, device, quarantine)
 
-    def planned() -> Generator[PlannedBatch]:
+    def instructions() -> Generator[ViewInstructions]:
         per_epoch, epoch = clock.steps_per_epoch, None
         for step in steps:
             if epoch is None or step // per_epoch != epoch.number:
@@ -238,6 +258,6 @@ def training_inputs(
             indices = epoch.indices[at]
             rows = slice(at * 2 * len(indices), (at + 1) * 2 * len(indices))
             parameters = PhotometricTensors(*(column[rows] for column in epoch.parameters))
-            yield PlannedBatch(step, indices, epoch.geometry[at], epoch.flips[at], parameters)
+            yield ViewInstructions(step, indices, epoch.geometry[at], epoch.flips[at], parameters)
 
-    return planned(), resident.batch
+    return instructions(), resident.batch

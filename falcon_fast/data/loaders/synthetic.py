@@ -1,6 +1,7 @@
-"""Random views that lie on the device already: what a run would do if its loader cost nothing.
+"""Random pixels that are on the device already: the speed that a run would have if its loader cost nothing.
 
-A run with `--loader synthetic` against the same run with its own loader shows which of the two limits it. It learns nothing.
+Compare a run with `--loader synthetic` and the same run with its own loader to see whether the loader is the bottleneck. The
+synthetic run learns nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[Batch]:
-    """Yield `steps` with the clock's photometric parameters and labels, and the same random pixels each time."""
+    """Yield the batches of `steps`: the same random pixels each time, with the clock's photometric parameters and labels.
+
+    The arguments are those of `workers.training_batches`.
+    """
     share = clock.batch_size // world_size
     generator = torch.Generator().manual_seed(clock.seed + rank)
     pixels = torch.randint(0, 256, (2 * share, size, size, 3), dtype=torch.uint8, generator=generator)

@@ -1,16 +1,15 @@
-"""The DataLoader loader: worker processes decode and crop by the clock's numbers and yield two uint8 views on the device.
+"""The loader of PyTorch worker processes: they decode and crop as the clock says and yield two uint8 views on the device.
 
-One item of the underlying data set is one whole batch, and its index is the step: the sampler is a range of steps. So there
-is no epoch boundary at which workers start anew, resuming is a range that starts later, and which worker makes a batch
-changes nothing in it.
+One item of the underlying data set is one whole batch, and its index is the step; the sampler is a range of steps. Therefore the
+workers do not restart between epochs, a resumed run only needs a range that starts later, and it does not matter which
+worker makes a batch.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,32 +17,40 @@ from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
+from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
 from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.augmentation import Augmentation
-from falcon_fast.data.views.crops import fitted, pillow_crop
+from falcon_fast.data.views.crops_cpu import pillow_crop
+from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 def auto_workers(augmentation: Augmentation) -> int:
-    """How many worker processes suit this machine: none where a batch is one tensor operation, else all cores but one."""
+    """Return the number of worker processes that suits this machine.
+
+    It is 0 if a batch is one tensor operation (affine maps), else one less than the number of cores, at least 1 and at most 16.
+    """
     if augmentation.affine is not None:
         return 0
     return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-class _Item(NamedTuple):
-    """One batch on its way from a worker."""
+class _LoadedBatch(NamedTuple):
+    """One batch as a worker process hands it over: decoded and cropped, on the host."""
 
     views: torch.Tensor  # uint8 (2 B, S, S, 3)
     parameters: PhotometricParameters
     indices: np.ndarray
-    found: dict[int, str]  # images that turned out bad
+    found: dict[int, str]  # bad images that were not known before, number -> reason
 
 
-class _StepBatches(Dataset):
-    """Item `step` is the batch of that step; or, where more images than `limit` are bad, only which were found."""
+class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
+    """Item `step` is the batch of that step; or, if more than `limit` images are bad, only the bad images that were found."""
 
     def __init__(
         self, images: Images, clock: Clock, size: int, rank: int, world_size: int, bad: dict[int, str], limit: int
@@ -52,17 +59,19 @@ class _StepBatches(Dataset):
         self.rank, self.world_size = rank, world_size
         self.bad, self.limit = bad, limit
 
-    def __getitem__(self, step: int) -> _Item | dict[int, str]:
+    def __getitem__(self, step: int) -> _LoadedBatch | dict[int, str]:
         plan = self.clock.at(step, self.rank, self.world_size)
         share = load_share(self.clock, plan, self.images.image, self.bad, self.limit)
         if isinstance(share, dict):
             return share
         make = _cropped if self.clock.augmentation.crop is not None else _warped
-        return _Item(make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.found)
+        return _LoadedBatch(
+            make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.found
+        )
 
 
-def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
-    """uint8 (2 B, S, S, 3): the random resized crop of each view, antialiased bicubic, mirrored where the clock says so."""
+def _cropped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
+    """Return the random resized crop of each view, bicubic, mirrored where the clock says so: uint8 (2 B, S, S, 3)."""
     rule = clock.augmentation.crop
     assert rule is not None
     width = np.array([image.width for image in images])
@@ -75,26 +84,17 @@ def _cropped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Te
     return torch.from_numpy(views.reshape(-1, size, size, 3))
 
 
-def _warped(images: list, plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
-    """uint8 (2 B, S, S, 3): the random affine map of each view."""
+def _warped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
+    """Return the random affine map of each view: uint8 (2 B, S, S, 3)."""
     rule = clock.augmentation.affine
     assert rule is not None
-    whole = torch.from_numpy(np.stack([np.asarray(fitted(image, size)) for image in images]))
+    whole = torch.from_numpy(np.stack([np.asarray(evaluation_view(image, size)) for image in images]))
     theta = torch.from_numpy(np.concatenate([affine_matrices(plan.geometry[view], rule) for view in range(2)]))
     return warp(whole, theta, torch.from_numpy(plan.flips.reshape(-1)))
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, and torchrun signals whole process groups; the trainer still needs its
-    batches to end the step and save.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked with the trainer's own handler
-
-
 def _as_is(item: object) -> object:
-    """Instead of DataLoader's conversion, which would turn the parameters into tensors here and again on the device."""
+    """Return the item unchanged, because `to_tensors` converts it later; for DataLoader's `collate_fn`."""
     return item
 
 
@@ -112,12 +112,12 @@ def training_batches(
     """Yield the batches of `steps`, in order, on `device`.
 
     Args:
-        split: images and labels; labels only ride along.
-        clock: which image, which crop, which jitter at each step.
+        split: images and labels; the labels are only passed on.
+        clock: decides which image, which crop and which jitter each step sees.
         size: side S of a view in pixels.
-        workers: worker processes; -1 for what suits the machine (`auto_workers`).
-        rank, world_size: this process's share of the global batch.
-        quarantine: the bad images known so far, to which new ones are added; a new one, kept nowhere, if None.
+        workers: number of worker processes; -1 for the number that suits the machine (`auto_workers`).
+        rank, world_size: select this process's share of the global batch.
+        quarantine: the bad images known so far; new ones are added to it. If None, a new quarantine that is not saved.
 
     Raises:
         UsageError: more images are bad than the quarantine allows; the message names one.
@@ -131,14 +131,14 @@ def training_batches(
         sampler=steps,
         num_workers=min(count, max(1, len(steps))) if count else 0,
         collate_fn=_as_is,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if count else None,
     )
     for step, item in zip(steps, loader, strict=True):
         for index, reason in (item if isinstance(item, dict) else item.found).items():
             quarantine.add(index, reason)
-        assert isinstance(item, _Item)  # a dictionary has more than the quarantine allows
+        assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
         yield Batch(
             step=step,
             views=item.views.to(device, non_blocking=True).permute(0, 3, 1, 2),

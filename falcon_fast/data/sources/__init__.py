@@ -1,1 +1,1 @@
-"""What is on disk: folders, CIFAR, SVHN and the digits as images with labels, split into training and test."""
+"""Data sets on disk: image folders, CIFAR, SVHN and the digits, with labels where there are any, split into training and test."""

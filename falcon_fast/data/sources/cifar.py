@@ -20,7 +20,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads CIFAR's original batches, dicts of bytes and numpy arrays, and refuses every other global: no code runs."""
+    """Unpickler for CIFAR's original batches: dicts of bytes and numpy arrays. It refuses all other globals, so no code runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -34,7 +34,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class _Cifar:
-    """One of the two sets: how its original files are called and laid out, and what normalises it."""
+    """One of the two data sets: the names and the layout of its original files, and its normalisation."""
 
     name: str
     classes: int
@@ -42,8 +42,8 @@ class _Cifar:
     python: str  # folder of the pickled files
     train: tuple[str, ...]
     test: str
-    label_bytes: int  # before the pixels of a binary row; the last of them is the class
-    label_key: bytes  # of a pickled batch
+    label_bytes: int  # bytes before the pixels in a binary row; the last of them is the class
+    label_key: bytes  # key of the labels in a pickled batch
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -75,7 +75,7 @@ _CIFAR100 = _Cifar(
 
 
 def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
-    """The original distribution's binary (`*.bin`) or Python (pickled) batches."""
+    """Read the original distribution's binary (`*.bin`) or Python (pickled) batches."""
     pixels, labels = [], []
     for name in names:
         path = root / name
@@ -91,7 +91,7 @@ def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
                 raise ValueError(f"{image.dtype} images of shape {image.shape} and {label.size} labels")
             if not (np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() < kind.classes):
                 raise ValueError(f"labels beyond 0 to {kind.classes - 1}")
-        except Exception as error:  # a damaged pickle raises whatever its instructions run into
+        except Exception as error:  # unpickling damaged data may raise anything
             raise UsageError(
                 f"{shown(path)} is not a readable {kind.name} batch ({error}): unpack the archive again"
             ) from None
@@ -102,7 +102,7 @@ def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
 
 
 def _original(kind: _Cifar, root: Path) -> tuple[Path, Split, Split] | None:
-    """Where the original files lie, `root` or the folder of their archive in it, and both splits; None if nowhere."""
+    """Return the folder of the original files (`root`, or the archive's folder in it) and both splits; None if there are none."""
     for inner, suffix in ((kind.binary, ".bin"), (kind.python, "")):
         for place in (root, root / inner):
             if (place / f"{kind.train[0]}{suffix}").is_file():
@@ -124,17 +124,25 @@ def _open(kind: _Cifar, root: Path, size: int, classes: Any, files: str) -> Sour
 
 
 def open_cifar10(root: Path, size: int) -> Source:
-    """CIFAR-10 in any of its forms. Raises UsageError where it is none of them, or damaged."""
+    """Open CIFAR-10 in any of its forms, with views of `size` pixels a side.
+
+    Raises:
+        UsageError: `root` holds none of these forms, or a file is damaged.
+    """
     return _open(_CIFAR10, root, size, lambda place: CIFAR10_CLASSES, "data_batch_1 ...")
 
 
 def open_cifar100(root: Path, size: int) -> Source:
-    """CIFAR-100 with its hundred fine classes, in any of its forms. Raises UsageError where it is none of them, or damaged."""
+    """Open CIFAR-100 with its hundred fine classes, in any of its forms, with views of `size` pixels a side.
+
+    Raises:
+        UsageError: `root` holds none of these forms, or a file is damaged.
+    """
     return _open(_CIFAR100, root, size, _fine_names, "train and test")
 
 
 def _fine_names(place: Path) -> tuple[str, ...]:
-    """The names of the hundred classes beside the original files; their numbers where these are missing."""
+    """Return the names of the hundred classes from the files of the data set; if these are missing, the class numbers."""
     try:
         if (listed := place / "fine_label_names.txt").is_file():
             names = listed.read_text(encoding="utf-8").split()
@@ -143,6 +151,6 @@ def _fine_names(place: Path) -> tuple[str, ...]:
                 names = [name.decode() for name in _ArrayUnpickler(file, encoding="bytes").load()[b"fine_label_names"]]
         if len(set(names)) == 100:
             return tuple(names)
-    except Exception:  # a damaged pickle raises whatever its instructions run into; names are for display only
+    except Exception:  # unpickling damaged data may raise anything; the names are for display only
         pass
     return tuple(map(str, range(100)))

@@ -1,4 +1,4 @@
-"""Image folders: with or without class sub-folders, with or without splits of their own."""
+"""Image folders: with or without class folders, with or without separate training and test splits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from falcon_fast.data.sources.manifest import Entry
 from falcon_fast.errors import UsageError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
-LOOKED_AT = EXTENSIONS | {".gif"}  # which no loader reads: it is named as unreadable rather than passed over
+LOOKED_AT = EXTENSIONS | {".gif"}  # no loader reads GIF; it is reported as unreadable rather than ignored
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FOLDER_SIZE = 224
-HELD_OUT = 0.1  # of a folder that has no test split
+HELD_OUT = 0.1  # fraction held out from a folder without a test split
 
 
 def _leads_back(folder: Path) -> bool:
-    """Whether this is a link to a folder above it: following it would find the same images again, forty levels deep."""
+    """Check whether this is a link to a folder above it. Following it would find the same images again, forty levels deep."""
     if not folder.is_symlink():
         return False
     target = folder.resolve()
@@ -32,12 +32,14 @@ def _leads_back(folder: Path) -> bool:
 
 
 def image_paths(root: Path, others: Counter[str] | None = None) -> list[Path]:
-    """The image files of a folder, by their extensions, sorted; links are followed, hidden files and folders are not.
+    """Return the image files of a folder, selected by their extensions and sorted.
 
-    others: takes how many files there are of each other extension.
+    Links are followed; hidden files and folders are not.
+
+    others: receives the number of files with each other extension.
     """
     found: list[Path] = []
-    # A folder that cannot be listed goes in as a path: it is then counted among what cannot be read.
+    # A folder that cannot be listed is added as a path, and so counted among the unreadable files.
     for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
         for path in (Path(folder, name) for name in files if name[0] != "."):
@@ -50,15 +52,17 @@ def image_paths(root: Path, others: Counter[str] | None = None) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Scan:
+    """The files of one split, as the header scan or the manifest describes them."""
+
     paths: list[Path]
-    classes: list[str]  # of each path: its first folder below the root, or "" for an image that lies in the root itself
+    classes: list[str]  # for each path, its first folder below the root; "" for an image in the root itself
     sizes: list[tuple[int, int]]
-    reasons: list[str]  # why each of them does not decode, where a manifest knows
-    unreadable: list[tuple[Path, str]]  # and why
+    reasons: list[str]  # why each of them cannot be decoded, where the manifest says so; else empty
+    unreadable: list[tuple[Path, str]]  # files whose header cannot be read, and why
 
 
 def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
-    """The files below `root` among those that were looked at."""
+    """Return the scan of the files below `root`, from all those that were examined."""
     below = [(path, entry) for path, entry in entries.items() if path.is_relative_to(root)]
     readable = [(path, entry) for path, entry in below if entry.width]
     relative = [path.relative_to(root).parts for path, _ in readable]
@@ -72,7 +76,10 @@ def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
 
 
 def _look(root: Path, places: Sequence[Path], only: frozenset[str] | None) -> tuple[dict[Path, Entry], tuple[str, ...]]:
-    """What is known of all image files in these places below `root`, and lines on what was left out and on the manifest."""
+    """Return what is known of all image files in these places below `root`, and lines for the user.
+
+    The lines say which files were left out, and whether the manifest was out of date.
+    """
     if only:
         places = [place / name for place in places for name in sorted(only)]
     others: Counter[str] = Counter()
@@ -92,7 +99,9 @@ def _files(count: int) -> str:
 
 
 def open_imagenet100(root: Path, size: int) -> Source:
-    """ImageNet's hundred classes of Contrastive Multiview Coding (Tian et al. 2020), from a folder that may hold all thousand.
+    """Open ImageNet-100, the hundred classes of Contrastive Multiview Coding (Tian et al. 2020).
+
+    The folder may hold all thousand classes of ImageNet.
 
     Raises:
         UsageError: class folders are missing.
@@ -102,11 +111,21 @@ def open_imagenet100(root: Path, size: int) -> Source:
 
 
 def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> Source:
-    """Any folder of images; with `only`, just these classes of it, all of which must be there."""
+    """Open any folder of images.
+
+    Args:
+        root: the folder. If it has a folder `train`, that is the training split, and `test`, `val` or `validation` the test
+            split; otherwise a fixed tenth of the images is held out as the test split.
+        size: side of a view in pixels; 0 for the median short side of the images, at most 224.
+        only: use just these classes, all of which must be there. None for all classes.
+
+    Raises:
+        UsageError: there are no readable images, or the classes of the splits do not match.
+    """
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     if train_root is root:
-        test_root = None  # `test` is then a class like any other
+        test_root = None  # without `train`, `test` is a class like any other
     places = [train_root] + ([test_root] if test_root else [])
     for folder in places if only else ():
         if missing := sorted(name for name in only or () if not (folder / name).is_dir()):
@@ -122,7 +141,7 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
             )
             raise UsageError(f"--data {shown(str(place))}: {reason} (looked for {' '.join(sorted(EXTENSIONS))})")
     if len(scans[0].paths) < 2 and test_root is None:
-        raise UsageError(f"--data {shown(root)}: one image is not enough to train on and to hold one out")
+        raise UsageError(f"--data {shown(root)}: one image is not enough, as one is held out for testing: add images")
 
     names = sorted(set(scans[0].classes))
     numbers = {name: number for number, name in enumerate(names)}
@@ -131,7 +150,7 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
         unknown = sorted(set(scans[1].classes) - set(names))
         if not unknown[0]:
             raise UsageError(
-                f"--data {shown(str(test_root))}: images outside class folders, which {shown(train_root)} has"
+                f"--data {shown(str(test_root))}: images outside class folders, while {shown(train_root)} has class folders"
             )
         raise UsageError(
             f"--data {shown(str(test_root))}: class {unknown[0]!r} is not among those of {shown(train_root)}"
@@ -147,9 +166,9 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
     bad = [path for scan in scans for path in scan.unreadable]
     if bad:
         count = (
-            "1 file is no readable image and is"
+            "1 file is not a readable image and is"
             if len(bad) == 1
-            else f"{len(bad)} files are no readable images and are"
+            else f"{len(bad)} files are not readable images and are"
         )
         notes.append(f"{count} left out, the first: {shown(bad[0][0])} ({bad[0][1]})")
     if test_root is not None:
@@ -158,15 +177,15 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
         everything = split(scans[0])
         kept, out = held_out(everything.labels, len(scans[0].paths), HELD_OUT)
         train, test = split(scans[0], kept), split(scans[0], out)
-        notes.append(f"no test split: a fixed tenth, {len(out)} images, is held out")
+        notes.append(f"no test split: a fixed tenth ({len(out)} images) is held out")
     if train_root is not root:
         used = {train_root, test_root}
         others = sorted(p.name for p in root.iterdir() if p.is_dir() and p not in used and not p.name.startswith("."))
         if others:
-            notes.append(f"beside train/, left out: {', '.join(shown(name) for name in others)}")
+            notes.append(f"not used, because there is a folder train/: {', '.join(shown(name) for name in others)}")
     if not labelled:
         why = "images outside the class folders" if len(names) > 1 else "no class folders"
-        notes.append(f"{why}: trained and checked for collapse, but no probe, kNN or clustering figures")
+        notes.append(f"{why}: training and the collapse checks work, but there are no probe, kNN or clustering figures")
     return Source(
         train=train,
         test=test,

@@ -1,7 +1,8 @@
-"""What a data set is made of: numbered images, splits with labels or without, and the source that holds both.
+"""What a data set consists of: numbered images, splits with or without labels, and the source that holds both splits.
 
-A source says nothing of augmentation or batches. It hands out images by number, as PIL RGB images, upright (EXIF orientation
-applied), and labels where there are any; labels serve the probes and the evaluation alone, training never sees them.
+A source knows nothing about augmentation or batches. It returns images by their number, as upright PIL RGB images (the EXIF
+orientation is applied), and labels if there are any. Labels are for the probes and the evaluation; the training objective never
+sees them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# GIF is not among them: DALI reads none, and all loaders read the same.
+# GIF is not among them: DALI cannot read it, and all loaders read the same formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
+ORIENTATION = 0x0112  # EXIF tag; from orientation 5 on, width and height are exchanged
 TIFF_SIZE = (256, 257)
 
 
 class Images(Protocol):
-    """Numbered images. `image(i)` is upright PIL RGB; `name(i)` says which one it is, for messages."""
+    """Numbered images. `image(i)` is an upright PIL RGB image; `name(i)` identifies it in messages."""
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image: ...
@@ -53,9 +54,9 @@ class ImageArray:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images on disk, decoded when asked for.
+    """Images on disk, decoded when they are asked for.
 
-    `sizes`, (width, height) of the upright image, are what a header scan found; None where nobody has scanned.
+    `sizes` are (width, height) of the upright images, as a scan of the headers found them; None without a scan.
     """
 
     paths: tuple[str, ...]
@@ -73,7 +74,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some of other images, by their numbers there."""
+    """A selection of other images, by their numbers there."""
 
     images: Images
     numbers: np.ndarray
@@ -90,13 +91,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their labels, int64 (n,), or None where the source has none."""
+    """Images and their labels, int64 (n,); the labels are None if the source has none."""
 
     images: Images
     labels: np.ndarray | None
 
     def without(self, bad: Collection[int]) -> Split:
-        """What is left without these images; the split itself if there are none."""
+        """Return the split without these images; the split itself if `bad` is empty."""
         if not bad:
             return self
         kept = np.setdiff1d(np.arange(len(self.images)), list(bad))
@@ -105,11 +106,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: two splits, class names (empty without labels), the side of a view, and what normalises it.
+    """A data set.
 
-    `mean` and `std` are per channel, of pixels in [0, 1]. `notes` are lines that the user should see. `fingerprint` identifies
-    the data: a run resumes only on the same. Of arrays it is a hash of pixels and labels; of files, of their names and
-    dimensions alone, which takes no decoding and lets a run resume when a damaged file has been mended.
+    Attributes:
+        train, test: the two splits.
+        classes: class names; empty without labels.
+        size: side of a view in pixels.
+        mean, std: per channel, of pixels in [0, 1]; for normalisation.
+        fingerprint: identifies the data; a run resumes only on the same data. For arrays it is a hash of pixels and labels. For
+            files it is a hash of their names and dimensions alone, so it needs no decoding, and a run can resume after a damaged
+            file was repaired.
+        notes: lines that the user should see.
+        left_out: files of the training split that are not readable images, and the reasons; they have no number.
+        known_bad: numbers of training images that are known not to decode, and the reasons.
     """
 
     train: Split
@@ -120,34 +129,34 @@ class Source:
     std: tuple[float, float, float]
     fingerprint: str
     notes: tuple[str, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()  # files of the training split that are no readable images, and why
-    known_bad: tuple[tuple[int, str], ...] = ()  # its images that are known not to decode, by number, and why
+    left_out: tuple[tuple[str, str], ...] = ()
+    known_bad: tuple[tuple[int, str], ...] = ()
 
     def normalization(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`mean` and `std` as float32 (3,) on `device`."""
+        """Return `mean` and `std` as float32 (3,) on `device`."""
         import torch
 
         return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
 
 
 def shown(path: str | Path) -> str:
-    """A path as a message shows it: as it is, or quoted with escapes where it would break the line or the encoding."""
+    """Return a path as messages show it: unchanged, or quoted with escapes if it would break the line or the encoding."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
 
 def header(path: str | Path) -> tuple[int, int, int]:
-    """(width, height) of the upright image and its EXIF orientation, 1 to 8, from a file's header, in 70 microseconds.
+    """Return (width, height) of the upright image and its EXIF orientation, 1 to 8, from a file's header, in 70 microseconds.
 
-    Raises as `read_image` does.
+    Raises the same errors as `read_image`.
     """
     from PIL import Image
 
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        if image.format == "TIFF":  # newer Pillows have turned the size already, older ones not
+        if image.format == "TIFF":  # newer versions of Pillow have applied the orientation already, older ones have not
             width, height = (image.tag_v2[tag] for tag in TIFF_SIZE)  # type: ignore[attr-defined]
-        # Of a PNG without EXIF Pillow's getexif would decode all pixels, in search of a chunk behind them.
+        # For a PNG without EXIF, Pillow's getexif would decode all pixels to search for a chunk behind them.
         elif not any(word in str(key).lower() for key in image.info for word in ("exif", "xmp")):
             return width, height, 1
         orientation = image.getexif().get(ORIENTATION, 1)
@@ -156,13 +165,14 @@ def header(path: str | Path) -> tuple[int, int, int]:
 
 
 def header_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of the upright image, by `header`."""
+    """Return (width, height) of the upright image, from the file's header."""
     return header(path)[:2]
 
 
 def read_image(file: str | BinaryIO) -> Image:
-    """Decode one file to upright RGB. Raises OSError or another of Pillow's errors when it cannot, or when it is another
-    format than FORMATS.
+    """Decode one file to an upright RGB image.
+
+    Raises OSError or another of Pillow's errors if it cannot be decoded, or if its format is not among FORMATS.
     """
     from PIL import Image, ImageOps
 
@@ -170,24 +180,24 @@ def read_image(file: str | BinaryIO) -> Image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
             upright = Image.fromarray(np.clip(np.asarray(upright) >> 8, 0, 255).astype(np.uint8))
-        if (
-            upright.mode == "P" and "transparency" in upright.info
-        ):  # from P straight to RGB Pillow warns, image by image
+        # Converting such an image from P to RGB directly makes Pillow warn for each image.
+        if upright.mode == "P" and "transparency" in upright.info:
             upright = upright.convert("RGBA")
         return upright.convert("RGB")
 
 
 def reason_of(error: BaseException) -> str:
-    """What was wrong with a file, in one line."""
+    """Return in one line what was wrong with a file."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     text = " ".join(str(error).split()) or type(error).__name__
-    if "cannot identify image file" in text:  # Pillow repeats the path, or an address in memory
+    if "cannot identify image file" in text:  # Pillow repeats the path, or shows an address in memory
         return "not an image of a known format"
     return text if text.isprintable() else repr(text)
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 hash of the parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -196,13 +206,13 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 
 
 def held_out(labels: np.ndarray | None, n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed split of n images: sorted indices kept and held out, stratified by label where there are labels.
+    """Return a fixed split of n images: sorted indices kept and held out, stratified by label if there are labels.
 
-    round(n fraction) are held out, at least one. Each label gives its share rounded down; what is then missing comes one by
-    one from the labels with the largest remainders, from labels with a single image last.
-    The permutation is numpy's RandomState(0), whose stream never changes.
+    round(n fraction) images are held out, at least one. Each label gives its share rounded down; the images still missing come
+    one by one from the labels with the largest remainders, and from labels with a single image last. The permutation is from
+    numpy's RandomState(0), whose stream never changes.
     """
-    random = np.random.RandomState(0)  # the stream that numpy has frozen
+    random = np.random.RandomState(0)  # numpy guarantees that this stream never changes
     groups = [np.arange(n)] if labels is None else [np.flatnonzero(labels == label) for label in np.unique(labels)]
     shuffled = [random.permutation(group) for group in groups]
     shares = np.array([round(len(group) * fraction, 9) for group in groups])

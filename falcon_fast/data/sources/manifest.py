@@ -1,8 +1,8 @@
-"""What is known of the files of a folder, kept outside the folder: sizes, orientation, and which of them cannot be decoded.
+"""The manifest of a folder, kept outside of it: sizes and orientations of its files, and which of them cannot be decoded.
 
-`falcon-fast data verify` writes it. Training reads it in place of the headers, opening no file that has kept its size
-and its time of change; and what cannot be decoded is in quarantine from the first step. A file that has changed is
-looked at again. One CSV a folder, under `$XDG_CACHE_HOME/falcon_fast/manifests` (`~/.cache/...`).
+`falcon-fast data verify` writes it. Training then uses it in place of the headers and does not open files whose size and time of
+change are the same; images that cannot be decoded are in quarantine from the first step. A file that has changed is examined
+again. There is one CSV file per folder, in `$XDG_CACHE_HOME/falcon_fast/manifests` (`~/.cache/...`).
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decode
 
 
 class Entry(NamedTuple):
-    """One file. `width` and `height` are of the upright image, 0 where not even the header can be read."""
+    """What is known of one file. `width` and `height` are of the upright image, 0 if the header cannot be read."""
 
     bytes: int
     changed: int  # nanoseconds since 1970
     width: int
     height: int
-    orientation: int  # of EXIF, 1 to 8
-    decoded: bool  # looked at as a whole, not only at its header
-    reason: str  # why it cannot be decoded; empty if it can, or nobody has tried
+    orientation: int  # EXIF orientation, 1 to 8
+    decoded: bool  # whether the whole file was decoded, not only its header
+    reason: str  # why it cannot be decoded; empty if it can be, or if that was never tried
 
 
 def manifest_path(root: Path) -> Path:
-    """Where the manifest of a folder is kept."""
+    """Return where the manifest of a folder is kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     return cache / "falcon_fast" / "manifests" / f"{name}.csv"
 
 
 def read_manifest(root: Path) -> dict[str, Entry]:
-    """The manifest of a folder, by relative path; empty if there is none, without the rows that are damaged."""
+    """Return the manifest of a folder, by relative path, without damaged rows; empty if there is no manifest."""
     entries = {}
     try:
         with manifest_path(root).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -50,7 +50,7 @@ def read_manifest(root: Path) -> dict[str, Entry]:
                     name, size, changed, width, height, orientation, decoded, reason = row
                     numbers = (int(size), int(changed), int(width), int(height), int(orientation))
                     entries[name] = Entry(*numbers, decoded == "1", reason)
-                except ValueError:  # the header, or the last row of a verification that was killed
+                except ValueError:  # the header row, or the last row of a verification that was killed
                     continue
     except (OSError, csv.Error):
         return {}
@@ -58,7 +58,7 @@ def read_manifest(root: Path) -> dict[str, Entry]:
 
 
 def write_manifest(root: Path, entries: Mapping[str, Entry]) -> Path:
-    """Write the manifest whole or not at all; returns where. Raises OSError where the cache cannot be written."""
+    """Write the manifest in one atomic step and return its path. Raises OSError if the cache cannot be written."""
     path = manifest_path(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -75,7 +75,7 @@ def _row(name: str, entry: Entry) -> tuple[object, ...]:
 
 
 def examine(path: Path, whole: bool) -> Entry:
-    """Look at a file: at its header, or decode it."""
+    """Examine a file: decode it if `whole`, else read its header."""
     size = changed = width = height = 0
     orientation = 1
     try:
@@ -85,7 +85,7 @@ def examine(path: Path, whole: bool) -> Entry:
         if whole:
             read_image(str(path))
         reason = ""
-    except Exception as error:  # Pillow raises whatever its decoders do
+    except Exception as error:  # Pillow's decoders raise many types
         reason = reason_of(error)
     return Entry(size, changed, width, height, orientation, whole, reason)
 
@@ -99,9 +99,10 @@ def _unchanged(path: Path, entry: Entry) -> bool:
 
 
 def scan(root: Path, places: Sequence[Path], paths: Sequence[Path]) -> tuple[list[Entry], int]:
-    """What is known of the files in these places of a folder: by its manifest where the file has not changed, else by header.
+    """Return what is known of the files in these places of a folder, and how many entries of the manifest were out of date.
 
-    Returns the entries, and how many of the manifest's no longer held; it has then been rebuilt.
+    An entry of the manifest is used if the file has not changed, otherwise the file's header is read. If entries were out of
+    date, the manifest is written again.
     """
     known = read_manifest(root)
     names = [str(path.relative_to(root)) for path in paths]
@@ -118,16 +119,21 @@ def scan(root: Path, places: Sequence[Path], paths: Sequence[Path]) -> tuple[lis
     here = {name for name in known if any((root / name).is_relative_to(place) for place in places)}
     differing = sum(known.get(name) != found.get(name) for name in here | found.keys())
     if differing:
-        with contextlib.suppress(OSError):  # the cache may have become read-only: the scan holds all the same
+        with contextlib.suppress(OSError):  # the cache may be read-only now; the scan is valid all the same
             write_manifest(root, {name: known[name] for name in known.keys() - here} | found)
     return entries, differing
 
 
 def verify(root: Path, paths: Iterable[Path], bad: Callable[[Path, str], None], done: Callable[[], None]) -> int:
-    """Decode every file of a folder that the manifest has not seen decoded, and complete the manifest; returns how many are bad.
+    """Decode every file that the manifest does not list as decoded, and complete the manifest. Return how many files are bad.
 
-    Rows are written as they come, so that one that was stopped goes on where it was. `bad` gets each bad file, old ones too, and
-    `done` is called for each file.
+    Rows are written as they are found, so a verification that was interrupted can be continued.
+
+    Args:
+        root: the folder.
+        paths: its image files.
+        bad: called with each bad file and the reason, also for those found bad earlier.
+        done: called after each file.
 
     Raises:
         OSError: the manifest cannot be written.

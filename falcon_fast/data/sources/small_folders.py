@@ -1,4 +1,4 @@
-"""Folders of 32 x 32 images: the sets whose original files hold arrays, unpacked into class folders."""
+"""Folders of 32 x 32 images: CIFAR and SVHN, whose original files hold arrays, unpacked into class folders."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from falcon_fast.errors import UsageError
 def open_small_folders(
     root: Path, name: str, classes: int, files: str
 ) -> tuple[Split, Split, tuple[str, ...], tuple[str, ...]]:
-    """Both splits in memory, the class names and the notes of the folder.
+    """Return both splits, decoded into memory, the class names, and the notes of the folder.
 
     Args:
-        name: of the set, for messages.
-        classes: how many class folders it has.
-        files: the original files that could have been here instead, for messages.
+        root: the folder.
+        name: name of the data set, for messages.
+        classes: number of class folders that it must have.
+        files: the original files that would also be accepted, for messages.
 
     Raises:
-        UsageError: this is no such folder, or an image is damaged or of another size.
+        UsageError: this is no such folder, or an image is damaged or has another size.
     """
     source = open_folder(root, 32)
     if len(source.classes) != classes:
@@ -33,19 +34,19 @@ def open_small_folders(
             f"or train/<class>/ and test/<class>/ folders of {count} classes"
         )
     splits = []
-    for split in (source.train, source.test):  # 60,000 files of 1 KB: decoded once (5 s), not once an epoch
+    for split in (source.train, source.test):  # 60,000 files of 1 KB: decoded once (5 s) rather than once per epoch
 
         def pixels(index: int, images: Images = split.images) -> np.ndarray:
             try:
                 return np.asarray(images.image(index))
-            except Exception as error:  # Pillow raises whatever its decoders do
-                raise UsageError(f"{images.name(index)} cannot be decoded ({error}): mend or remove it") from None
+            except Exception as error:  # Pillow's decoders raise many types
+                raise UsageError(f"{images.name(index)} cannot be decoded ({error}): repair or remove it") from None
 
         with ThreadPoolExecutor() as pool:
             arrays = list(pool.map(pixels, range(len(split.images))))
         if any(array.shape != (32, 32, 3) for array in arrays):
             raise UsageError(
-                f"--data {shown(root)} is not {name}: its images are 32 x 32; for others use --recipe folder"
+                f"--data {shown(root)} is not {name}: its images must be 32 x 32; for other sizes use --recipe folder"
             )
         splits.append(Split(ImageArray(np.stack(arrays)), split.labels))
     return splits[0], splits[1], source.classes, source.notes

@@ -15,7 +15,7 @@ SVHN_CLASSES = tuple("0123456789")
 
 
 def _read(path: Path) -> Split:
-    """One MATLAB file: X uint8 (32, 32, 3, n), y (n, 1) with 10 for the digit 0."""
+    """Read one MATLAB file: X uint8 (32, 32, 3, n), y (n, 1), where 10 stands for the digit 0."""
     from scipy.io import loadmat
 
     try:
@@ -25,13 +25,17 @@ def _read(path: Path) -> Split:
             raise ValueError(f"{pixels.dtype} images of shape {pixels.shape} and {labels.size} labels")
         if not (np.issubdtype(labels.dtype, np.integer) and labels.min() >= 1 and labels.max() <= 10):
             raise ValueError("labels beyond 1 to 10")
-    except Exception as error:  # scipy raises whatever a damaged file runs it into
+    except Exception as error:  # reading a damaged file, scipy may raise anything
         raise UsageError(f"{shown(path)} is not a readable SVHN file ({error}): download it again") from None
     return Split(ImageArray(np.ascontiguousarray(pixels)), labels.astype(np.int64) % 10)
 
 
 def open_svhn(root: Path, size: int) -> Source:
-    """SVHN in either form; `extra_32x32.mat` is left alone. Raises UsageError where it is none of them, or damaged."""
+    """Open SVHN in either form, with views of `size` pixels a side. `extra_32x32.mat` is not used.
+
+    Raises:
+        UsageError: `root` holds neither form, or a file is damaged.
+    """
     notes: tuple[str, ...] = ()
     files = [root / f"{split}_32x32.mat" for split in ("train", "test")]
     if any(file.is_file() for file in files):

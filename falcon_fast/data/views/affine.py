@@ -1,4 +1,4 @@
-"""Affine views: rotated, translated, scaled and sheared images, for the digits."""
+"""Affine views: rotated, shifted, scaled and sheared images; for the digits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def warp(images: torch.Tensor, theta: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """Affine views, bilinear, black outside: uint8 (2 B, S, S, 3).
+    """Apply affine maps to images, bilinearly, black outside the image. Returns uint8 (2 B, S, S, 3).
 
-    images: uint8 (B, S, S, 3).  theta: float32 (2 B, 2, 3), by `affine_matrices`.  flips: bool (2 B,), mirror afterwards.
+    images: uint8 (B, S, S, 3).  theta: float32 (2 B, 2, 3), from `affine_matrices`.  flips: bool (2 B,), mirror after the map.
     """
     source = images.permute(0, 3, 1, 2).float().repeat(2, 1, 1, 1)
     grid = torch.nn.functional.affine_grid(theta, list(source.shape), align_corners=False)

@@ -1,10 +1,9 @@
-"""One description of a two-view recipe, as data, which every loader executes.
+"""The recipes for two views, as data that every loader executes.
 
-An `Augmentation` only says what may happen to a view and how likely it is. Which of it happens to which image is
-counted out by `falcon_fast.data.views.sampling`; the crop or the affine map is carried out by the loaders and everything
-after it by `falcon_fast.data.views.photometric`, in this order: colour jitter (its four operations in random order),
-grayscale, Gaussian blur, solarise. (The flip commutes with all of these, so it is carried out together with the
-crop.)
+An `Augmentation` only says what may happen to a view, and with which probability. `falcon_fast.data.views.sampling` decides what
+happens to which image. The loaders carry out the crop or the affine map; `falcon_fast.data.views.photometric` carries out
+everything after it, in this order: colour jitter (its four operations in random order), grayscale, Gaussian blur, solarise. (The
+flip commutes with all of these, so it is carried out together with the crop.)
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ from falcon_fast.errors import UsageError
 
 @dataclass(frozen=True)
 class CropRule:
-    """A random resized crop, torchvision's `RandomResizedCrop`, resampled bicubically with antialiasing.
+    """A random resized crop, as torchvision's `RandomResizedCrop`, resampled bicubically with antialiasing.
 
-    scale: smallest and largest area of the crop, as a fraction of the image's; drawn uniformly.
+    scale: smallest and largest area of the crop, as a fraction of the image's area; drawn uniformly.
     ratio: smallest and largest width / height; drawn log-uniformly.
+
+    Raises UsageError if a range is empty or out of bounds.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -35,10 +36,12 @@ class CropRule:
 
 @dataclass(frozen=True)
 class AffineRule:
-    """A random affine map about the centre of a square image: for digits, which a crop would cut.
+    """A random affine map about the centre of a square image; for digits, because a crop would cut them.
 
     degrees: rotation, uniform in +- degrees.  scale: smallest and largest magnification.
-    shift: in +- this fraction of the side, each axis for itself.  shear: along x, uniform in +- degrees.
+    shift: uniform in +- this fraction of the side, for each axis separately.  shear: along x, uniform in +- degrees.
+
+    Raises UsageError if a value makes no sense.
     """
 
     degrees: float
@@ -50,19 +53,21 @@ class AffineRule:
         if not 0 < self.scale[0] <= self.scale[1]:
             raise UsageError(f"affine scale {self.scale}: give 0 < smallest <= largest")
         if self.degrees < 0 or self.shift < 0 or not 0 <= self.shear < 90:
-            raise UsageError("affine degrees, shift and shear are half widths: none may be negative, shear is below 90")
+            raise UsageError(
+                "affine degrees, shift and shear are half widths: none may be negative, and shear must be below 90"
+            )
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """What may happen to the two views of an image.
 
-    Exactly one of `crop` and `affine` is set. brightness, contrast, saturation and hue are half widths as in
-    torchvision's `ColorJitter`: a factor is uniform in [max(0, 1 - b), 1 + b], the hue shift (in turns) in
-    [-hue, hue]; 0 switches one off. Pairs of probabilities are for view 1 and view 2. `blur_sigma` is in pixels,
-    `solarize_threshold` in levels of 255.
+    Exactly one of `crop` and `affine` is set. brightness, contrast, saturation and hue are half widths as in torchvision's
+    `ColorJitter`: a factor is uniform in [max(0, 1 - b), 1 + b], and the hue shift (in turns) in [-hue, hue]; 0 switches an
+    operation off. Pairs of probabilities are for view 1 and view 2. `blur_sigma` is in pixels, `solarize_threshold` is a level
+    from 0 to 255.
 
-    Raises UsageError where a value makes no sense.
+    Raises UsageError if a value makes no sense.
     """
 
     name: str
@@ -93,12 +98,14 @@ class Augmentation:
         if not all(0 <= p <= 1 for p in probabilities):
             raise UsageError(f"augmentation {self.name}: every probability must lie between 0 and 1")
         if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
-            raise UsageError(f"augmentation {self.name}: jitter strengths must not be negative, hue at most 0.5 turns")
+            raise UsageError(
+                f"augmentation {self.name}: jitter strengths must not be negative, and hue at most 0.5 turns"
+            )
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise UsageError(f"augmentation {self.name}: blur_sigma {self.blur_sigma}: give 0 < smallest <= largest")
 
 
-# The table of the FALCON paper's recipes; BYOL's for ImageNet (Grill et al. 2020, appendix B).
+# From the table of recipes in the FALCON paper; the one for ImageNet is BYOL's (Grill et al. 2020, appendix B).
 AUGMENTATIONS: dict[str, Augmentation] = {
     recipe.name: recipe
     for recipe in (
@@ -150,8 +157,10 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def augmentation(name: str) -> Augmentation:
-    """The recipe of that name; a name that does not exist raises UsageError with the nearest one that does."""
+    """Return the recipe with that name. An unknown name raises UsageError, which names the most similar one."""
     if name in AUGMENTATIONS:
         return AUGMENTATIONS[name]
     near = difflib.get_close_matches(name, AUGMENTATIONS, n=1, cutoff=0.0)[0]
-    raise UsageError(f"no augmentation {name!r}: did you mean {near!r}? (there are {', '.join(AUGMENTATIONS)})")
+    raise UsageError(
+        f"no augmentation {name!r}: did you mean {near!r}? (the augmentations are {', '.join(AUGMENTATIONS)})"
+    )

@@ -1,27 +1,25 @@
-"""What follows the crop, for all loaders: jitter, gray, blur, solarise, normalise, on device batches in float32.
+"""What follows the crop, for all loaders: jitter, grayscale, blur, solarise, normalise; on batches on the device, in float32.
 
-The arithmetic is torchvision v2's on float images in [0, 1], with parameters per image and no loop over images, no
-branch on data and no wait for the device. Which stages it has depends on the recipe alone. This is the reference;
-`stage` says which faster implementation of the same arithmetic a run uses: C++ (kernels/cpu/view.hpp), `fused` for a compiler,
-or Triton (kernels/gpu/views/augmentation.py).
+The arithmetic is that of torchvision v2 on float images in [0, 1], with parameters per image, and without a loop over images, a
+branch on data, or a wait for the device. Which stages it has depends on the recipe alone. This module is the reference.
+`photometric_stage` chooses which faster implementation of the same arithmetic a run uses: C++ (kernels/cpu/view.hpp), `fused` for
+a compiler (`photometric_compiled`), or Triton (kernels/gpu/views/augmentation.py).
 
-**Random order without branches.** Brightness, contrast and saturation are one form,
+**Random order without branches.** Brightness, contrast and saturation have one form,
 
     x <- clamp(r x + (1 - r) base),   base = 0 | mean over the image of gray(x) | gray(x),
 
-so an image's operations are *coefficients* of a slot, x <- clamp(r x + s gray(x) + m mean gray(x)), and any order of
-the three is three slots. Hue is no such form: it is done once, between three slots for what comes before it and three
-for what comes after it. An operation that falls on the other side of hue leaves its slot (r, s, m) = (1, 0, 0), which
-is exact.
+so an image's operations are *coefficients* of a slot, x <- clamp(r x + s gray(x) + m mean gray(x)), and three slots give any
+order of the three. Hue does not have this form. It is computed once, between three slots for what comes before it and three
+slots for what comes after it. An operation on the other side of hue leaves its slot at (r, s, m) = (1, 0, 0), which is exact.
 
-**Hue** shifts h of (h, s, v) by a number of turns. With chroma c = s v = max - min, the inverse of the conversion is,
-in closed form, channel = v - c clamp(min(k, 4 - k), 0, 1), k = (o + 6 h) mod 6, o = 5, 3, 1 for red, green, blue.
+**Hue** shifts h of (h, s, v) by a number of turns. With chroma c = s v = max - min, the inverse conversion has the closed form
+channel = v - c clamp(min(k, 4 - k), 0, 1), k = (o + 6 h) mod 6, o = 5, 3, 1 for red, green, blue.
 
 **Blur** is a separable convolution whose weights differ from image to image, written as 13 shifted sums per axis. CPU
-microseconds for a view of the symmetric recipe, whole, one thread, eager / compiled: 88 / 31 at 32 px, 4300 / 1500 at
-224 px. With the blur as products with banded matrices it is 73 / 28 and 5100 / 2600, as depthwise convolutions 85 /
-112 and 5200 / 5300 (for the sake of a convolution the compiler turns every plane into channels_last); and sums know
-no autocast and no TF32.
+microseconds for one view of the whole symmetric recipe on one thread, eager / compiled: 88 / 31 at 32 px, 4300 / 1500 at 224 px.
+With the blur as products with banded matrices they are 73 / 28 and 5100 / 2600, as depthwise convolutions 85 / 112 and 5200 /
+5300 (the compiler converts every plane to channels_last for a convolution). Besides, sums are not affected by autocast or TF32.
 """
 
 from __future__ import annotations
@@ -38,13 +36,13 @@ from falcon_fast.data.views.sampling import PhotometricParameters
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-# The narrowest Gaussian whose neighbouring tap is zero in float32 (exp(-200)): sigma 0 becomes the identity without a
+# Smallest sigma used. The neighbouring tap is then zero in float32 (exp(-200)), so that sigma 0 becomes the identity without a
 # branch.
 NO_BLUR = 0.05
 
 
 class PhotometricTensors(NamedTuple):
-    """`PhotometricParameters` on the device. N rows."""
+    """`PhotometricParameters` on the device, with N rows."""
 
     factors: Tensor  # float32 (N, 4): brightness, contrast, saturation (1 = off), hue (turns, 0 = off)
     order: Tensor  # float32 (N, 4): the operations 0 to 3 of `factors`, first to last
@@ -54,7 +52,7 @@ class PhotometricTensors(NamedTuple):
 
 
 def to_tensors(parameters: PhotometricParameters, device: torch.device | str) -> PhotometricTensors:
-    """The parameters on a device, in one copy, which on a CUDA device nobody waits for."""
+    """Copy the parameters to a device, in one copy, which is asynchronous on a CUDA device."""
     p = parameters
     columns = (p.brightness, p.contrast, p.saturation, p.hue, *p.order.T, p.sigma, p.gray, p.solarize)
     packed = torch.from_numpy(np.stack(columns, axis=1, dtype=np.float32, casting="unsafe"))
@@ -71,10 +69,9 @@ def to_tensors(parameters: PhotometricParameters, device: torch.device | str) ->
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """What evaluation sees: (images / 255 - mean) / std.
+    """Return (images / 255 - mean) / std, which is all that evaluation does: float32 (N, 3, H, W), channels_last.
 
-    images: uint8 (N, 3, H, W).  mean, std: float32 (3,), of [0, 1], on the same device.
-    Returns float32 (N, 3, H, W), channels_last.
+    images: uint8 (N, 3, H, W).  mean, std: float32 (3,), for pixels in [0, 1], on the same device.
     """
     return _normalized(images.to(torch.float32, memory_format=torch.channels_last) / 255, mean, std)
 
@@ -82,15 +79,18 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def augment(
     images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor, augmentation: Augmentation
 ) -> Tensor:
-    """The colours of a batch of views, changed by their parameters, and normalised.
+    """Change the colours of a batch of views by their parameters, and normalise them.
 
-    images: uint8 (N, 3, H, W), any strides.  parameters: N rows, by `to_tensors`.
-    mean, std: float32 (3,), of [0, 1], on the same device.
-    augmentation: the recipe the parameters were drawn for; a stage that it never uses is not computed.
-    Returns float32 (N, 3, H, W), channels_last. Where all parameters are off, exactly `normalize(images, mean, std)`.
+    Returns float32 (N, 3, H, W), channels_last.
+
+    If all parameters are off, the result is exactly `normalize(images, mean, std)`.
+
+    images: uint8 (N, 3, H, W), any strides.  parameters: N rows, from `to_tensors`.
+    mean, std: float32 (3,), for pixels in [0, 1], on the same device.
+    augmentation: the recipe that the parameters were drawn for; a stage that it never uses is not computed.
     """
     a = augmentation
-    # Planes, not channels_last, until the end: sums over channels then run over contiguous memory.
+    # Planes, not channels_last, until the end: sums over channels then read contiguous memory.
     x = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
     if a.jitter_probability > 0:
         x = _jitter(x, parameters.factors, parameters.order, a)
@@ -114,17 +114,18 @@ def _normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _gray(x: Tensor) -> Tensor:
-    """Luma of (N, 3, H, W): (N, 1, H, W)."""
-    red, green, blue = x.split(1, dim=1)
+    """Return the luma of (N, 3, H, W): (N, 1, H, W)."""
+    planes: tuple[Tensor, ...] = x.split(1, dim=1)
+    red, green, blue = planes
     return GRAY_WEIGHTS[0] * red + GRAY_WEIGHTS[1] * green + GRAY_WEIGHTS[2] * blue
 
 
 def _jitter(x: Tensor, factors: Tensor, order: Tensor, augmentation: Augmentation) -> Tensor:
-    """Brightness, contrast, saturation and hue, as far as the recipe has them, in each image's own order."""
+    """Apply the recipe's brightness, contrast, saturation and hue, in each image's own order."""
     a = augmentation
     strengths = ((_BRIGHTNESS, a.brightness), (_CONTRAST, a.contrast), (_SATURATION, a.saturation))
     operations = [operation for operation, strength in strengths if strength > 0]
-    # (N, 4): at which place each operation comes.
+    # (N, 4): the place of each operation in the order.
     place = (order[:, None, :] == torch.arange(4, device=order.device)[:, None]).to(torch.uint8).argmax(2)
     if a.hue == 0:
         return _blend_slots(x, factors, place, operations, torch.ones_like(place, dtype=torch.bool))
@@ -135,9 +136,9 @@ def _jitter(x: Tensor, factors: Tensor, order: Tensor, augmentation: Augmentatio
 
 
 def _blend_slots(x: Tensor, factors: Tensor, place: Tensor, operations: list[int], included: Tensor) -> Tensor:
-    """The included (N, 4) ones of the operations, in order: as many slots as operations, see the module's docstring.
+    """Apply the included (N, 4) operations in order, in as many slots as there are operations; see the module's docstring.
 
-    In place: without a compiler, most of the time of a large batch goes into memory that is fresh.
+    x is changed in place: without a compiler, most of the time of a large batch goes into writing to newly allocated memory.
     """
     for slot in range(len(operations)):
         ratio = torch.ones_like(factors[:, 0])
@@ -162,11 +163,11 @@ def _blend_slots(x: Tensor, factors: Tensor, place: Tensor, operations: list[int
 
 
 def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Hue of (N, 3, H, W) shifted by (N,) turns; exactly x where that is 0."""
+    """Shift the hue of (N, 3, H, W) by (N,) turns; where that is 0, the result is exactly x."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    # A gray pixel has no hue: whatever is computed for it is multiplied by its chroma, 0.
+    # A gray pixel has no hue; whatever is computed for it is multiplied by its chroma, 0.
     divisor = torch.where(chroma == 0, 1.0, chroma)
     sextant = torch.where(
         value == red,
@@ -182,10 +183,12 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
-    """Gaussian blur with a width per image, borders reflected (edge pixels not repeated); exactly x where sigma is 0.
+    """Blur with a Gaussian whose width differs per image, borders reflected (edge pixels not repeated).
 
-    x: float32 (N, C, H, W).  sigma: float32 (N,), pixels.  The window is 2 ceil(3 max_sigma) + 1 taps for all images,
-    or as many as the side, less one pixel, can be reflected for.
+    Where sigma is 0 the result is exactly x.
+
+    x: float32 (N, C, H, W).  sigma: float32 (N,), pixels.
+    max_sigma: pixels. The window has 2 ceil(3 max_sigma) + 1 taps for all images, or 2 (side - 1) + 1 on a side that is shorter.
     """
     for axis in (3, 2):
         side = x.shape[axis]

@@ -1,13 +1,14 @@
 """The photometric stage arranged for a compiler: the arithmetic of `photometric.augment` in few passes over memory.
 
-What keeps a compiler from making one loop of the eager form, and what is done about it here:
+Four things keep a compiler from making one loop out of the eager form. This module avoids them:
 
-- The mean gray that contrast needs lies somewhere in each image's own order, so the eager form takes one in every slot. An image
-  has one contrast: its mean is taken once, of what comes before it, and all six slots and hue are then one pass. Arithmetic
-  done twice costs less than six passes over memory.
+- Contrast needs the mean gray, at a place that depends on each image's own order, so the eager form computes one in every slot.
+  But an image has one contrast: here the mean is computed once, over what comes before contrast, and then all six slots and hue
+  are one pass. Computing some arithmetic twice costs less than six passes over memory.
 - Channels are three planes, never concatenated before the blur: gray, hue and the blends are pointwise.
-- The remainder of the hue formula has no vector form in the compiler; a floor has.
-- Reflected borders are materialised (`as_strided` makes the compiler do so): as index arithmetic they keep the 13 taps scalar.
+- The compiler has no vector form for the remainder in the hue formula, but it has one for a floor.
+- Reflected borders are materialised (`as_strided` forces the compiler to do so): as index arithmetic they would keep the 13 taps
+  scalar.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _Planes = tuple[Tensor, Tensor, Tensor]
 
 
 class _Chain(NamedTuple):
-    """What a pass over the jitter does to each image: (N, slots) of each coefficient before hue and after it, and (N,) turns."""
+    """The jitter of each image in one pass: coefficients (N, slots) before and after hue, and the hue shift in (N,) turns."""
 
     before: tuple[Tensor, Tensor, Tensor]
     turns: Tensor
@@ -34,10 +35,10 @@ class _Chain(NamedTuple):
 
 
 def _chains(p: PhotometricTensors, a: Augmentation) -> tuple[_Chain | None, _Chain]:
-    """What comes before contrast, None where the recipe has no contrast; and the whole jitter."""
+    """Return the chain of what comes before contrast (None if the recipe has no contrast), and that of the whole jitter."""
     strengths = ((_BRIGHTNESS, a.brightness), (_CONTRAST, a.contrast), (_SATURATION, a.saturation))
     operations = [operation for operation, strength in strengths if strength > 0]
-    # (N, 4): at which place each operation comes.
+    # (N, 4): the place of each operation in the order.
     number = torch.arange(4, device=p.order.device, dtype=p.order.dtype)
     place = ((p.order[:, None, :] == number[:, None]) * number).sum(2)
     everything = torch.ones_like(place, dtype=torch.bool)
@@ -56,7 +57,7 @@ def _chains(p: PhotometricTensors, a: Augmentation) -> tuple[_Chain | None, _Cha
 def fused(
     images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor, augmentation: Augmentation
 ) -> Tensor:
-    """`photometric.augment`, but for the rounding: float32 (N, 3, H, W) in any layout."""
+    """Compute `photometric.augment`, up to rounding: float32 (N, 3, H, W) in any layout."""
     a, p = augmentation, parameters
     x: _Planes = tuple(images[:, channel].float() / 255 for channel in range(3))  # type: ignore[assignment]
     if a.jitter_probability > 0:
@@ -91,7 +92,10 @@ def _jitter(x: _Planes, chain: _Chain, mean: Tensor | float, a: Augmentation) ->
 def _coefficients(
     factors: Tensor, place: Tensor, operations: list[int], included: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What each slot multiplies x, gray(x) and the mean gray by: three of (N, slots). (1, 0, 0) where a slot is not used."""
+    """Return what each slot multiplies x, gray(x) and the mean gray by: three tensors (N, slots).
+
+    They are (1, 0, 0) in a slot that is not used.
+    """
     one = torch.ones_like(factors[:, 0])
     slots = []
     for slot in range(len(operations)):
@@ -121,7 +125,7 @@ def _shift_hue(x: _Planes, turns: Tensor) -> _Planes:
     red, green, blue = x
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # One division for the three cases of the sextant.
+    # One division serves the three cases of the sextant.
     is_red, is_green = value == red, value == green
     difference = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     offset = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))

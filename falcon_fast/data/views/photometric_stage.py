@@ -1,6 +1,6 @@
-"""Which photometric stage a run uses: the C++ one on a CPU, the compiler's on a GPU, the Triton one, or the eager reference.
+"""Choose the photometric stage of a run: C++ on a CPU, compiled on a GPU, Triton, or the eager reference.
 
-Microseconds a view on two threads: see benchmarks/results/bench_data.json.
+For their times in microseconds per view on two threads, see benchmarks/results/bench_data.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from falcon_fast.kernels import cpu_extension, why_no_triton
 
 CPU = torch.device("cpu")
 
-# (images, parameters, mean, std) -> normalised views, as `photometric.augment` without its recipe
+# (images, parameters, mean, std) -> normalised views, as `photometric.augment` with the recipe bound.
 Photometric = Callable[[Tensor, PhotometricTensors, Tensor, Tensor], Tensor]
 
 
@@ -30,15 +30,21 @@ def photometric_stage(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> Photometric:
-    """The photometric stage of a run on `device`.
+    """Return the photometric stage of a run on `device`.
 
-    mode: `eager`, `cpu` (C++), `compiled`, `triton`, or `auto`: on a CPU C++, or eager with a line to `say` where that was not
-    built; elsewhere compiled, or eager with a line where it cannot be compiled.
-    dtype: what the network computes in. Triton makes views of it, C++ of float32 and bfloat16, the others make float32.
+    Args:
+        augmentation: the recipe.
+        mode: `eager`, `cpu` (C++), `compiled`, `triton`, or `auto`. On a CPU `auto` takes C++, or eager if the C++ kernels were
+            not built; on another device it takes compiled, or eager if compiling fails. `say` receives a line if eager is the
+            replacement.
+        say: receives one line for the user.
+        device: where the views are.
+        dtype: the dtype that the network computes in. Triton makes views in it, C++ if it is float32 or bfloat16; the other
+            stages always make float32.
 
     Raises:
-        UsageError: mode is `triton` or `cpu` and it does not run on the device; when first called, mode is `compiled` or
-            `triton` and there is no working compiler.
+        UsageError: mode is `triton` or `cpu` and does not run on the device. If mode is `compiled` or `triton`, also when the
+            stage is first called, if there is no working compiler.
     """
     if mode == "triton" and (reason := why_no_triton(device)):
         raise UsageError(f"data.photometric=triton does not work here ({reason}): set data.photometric=auto")
@@ -55,7 +61,7 @@ def photometric_stage(
             say(f"the augmentations run in PyTorch, more slowly: {reason}")
             return eager
         return cpu_stage(augmentation, dtype)
-    # Triton's is not auto's choice before it has been timed on a GPU.
+    # `auto` does not choose the Triton stage until it has been timed on a GPU.
     stage = triton_stage(augmentation, dtype) if mode == "triton" else compiled_stage(augmentation)
     chosen: list[Photometric] = []
 
@@ -64,7 +70,7 @@ def photometric_stage(
             return chosen[0](images, parameters, mean, std)
         try:
             views = stage(images, parameters, mean, std)
-        except Exception as error:  # the compiler raises whatever it runs into, most often that there is no g++
+        except Exception as error:  # a compiler may raise anything, most often because there is no g++
             reason = reason_of(error)[:300]
             if mode in ("compiled", "triton"):
                 raise UsageError(
@@ -80,13 +86,14 @@ def photometric_stage(
 
 
 def _why_no_cpp(device: torch.device) -> str | None:
+    """Return why the C++ stage does not run on this device; None if it does."""
     if device.type != "cpu":
         return "it needs the CPU"
-    return None if cpu_extension else "the C++ kernels were not built, no C++ compiler at installation"
+    return None if cpu_extension else "the C++ kernels were not built: there was no C++ compiler at installation"
 
 
 def cpu_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
-    """`photometric.augment` in C++: (N, 3, H, W) in bfloat16 if that is `dtype`, else in float32, channels_last."""
+    """Return the C++ stage: (N, 3, H, W), channels_last, in bfloat16 if that is `dtype`, else in float32."""
     from falcon_fast.kernels.cpu.views import augment_views
 
     a = augmentation
@@ -103,7 +110,7 @@ def cpu_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
 
 
 def compiled_stage(augmentation: Augmentation) -> Photometric:
-    """`photometric.augment` by torch's compiler: float32 (N, 3, H, W), channels_last."""
+    """Return the stage made by torch's compiler: float32 (N, 3, H, W), channels_last."""
     compiled = torch.compile(fused, fullgraph=True, dynamic=False)
 
     def stage(images: Tensor, parameters: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
@@ -113,7 +120,7 @@ def compiled_stage(augmentation: Augmentation) -> Photometric:
 
 
 def triton_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
-    """`photometric.augment` in Triton: (N, 3, H, W) in `dtype`, channels_last, in one launch to three."""
+    """Return the Triton stage: (N, 3, H, W) in `dtype`, channels_last, in one to three launches."""
     from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
 
     a = augmentation

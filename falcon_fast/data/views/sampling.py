@@ -1,17 +1,16 @@
-"""The clock: (seed, epoch, position, view) -> which image, which crop, which jitter. A pure function.
+"""The clock: a pure function from (seed, epoch, position, view) to the image, its crop and its jitter.
 
-Random numbers are counted, not drawn. An image's numbers in one view are the splitmix64 stream (Steele, Lea and
-Flood, 2014) that starts at a hash of (seed, epoch, view, position in the epoch):
+Random numbers are computed from a counter, not drawn from a generator. The numbers of an image in one view are the splitmix64
+stream (Steele, Lea and Flood, 2014) that starts at a hash of (seed, epoch, view, position in the epoch):
 
     start = mix(key(seed, epoch, view) + position g),   u_k = (mix(start + (k + 1) g) >> 11) / 2^53,   k = 0, 1, ...
 
-with mix the splitmix64 finaliser, a bijection of the 64-bit integers, and g the odd number nearest
-2^64 / golden ratio. The hash is integer arithmetic modulo 2^64 in numpy, the same on every machine and version. So
-what a run sees depends neither on the number of processes and workers nor on when it was interrupted, and any view
-can be replayed on its own.
+Here mix is the splitmix64 finaliser, a bijection of the 64-bit integers, and g is the odd number nearest to 2^64 / golden ratio.
+The hash is integer arithmetic modulo 2^64 in numpy, the same on every machine and in every version. So what a run sees depends
+neither on the number of processes and workers nor on interruptions, and any single view can be replayed.
 
-Which column of the stream serves which purpose is fixed (flip, photometric, geometry: see `Clock.at`), so that
-recipes which differ only in a probability see the same crops.
+Each choice reads fixed columns of the stream (flip, photometric, geometry: see `Clock.at`), so that recipes which differ only in
+a probability see the same crops.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ CROP_DRAWS = 2 * CROP_TRIES + 2
 AFFINE_DRAWS = 5
 PHOTOMETRIC_DRAWS = 10
 
-# Row k: the k-th order in which brightness 0, contrast 1, saturation 2 and hue 3 can be applied.
+# Row k is the k-th of the 24 orders of brightness 0, contrast 1, saturation 2 and hue 3.
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int8)
 
 
@@ -50,24 +49,24 @@ class PhotometricParameters(NamedTuple):
     hue: NDArray[np.float32]  # turns, 0 = off
     order: NDArray[np.int8]  # (n, 4): the operations 0 brightness, 1 contrast, 2 saturation, 3 hue, first to last
     gray: NDArray[np.bool_]
-    sigma: NDArray[np.float32]  # of the Gaussian blur, pixels; 0 = no blur
+    sigma: NDArray[np.float32]  # standard deviation of the Gaussian blur in pixels; 0 = no blur
     solarize: NDArray[np.bool_]
 
 
 class BatchPlan(NamedTuple):
-    """Everything random about one rank's share of one batch: n images, two views of each."""
+    """Everything random about one rank's share of one batch: the clock's numbers for n images, two views of each."""
 
     step: int
     epoch: int
     positions: NDArray[np.int64]  # (n,) global positions in the epoch
-    indices: NDArray[np.int64]  # (n,) which image of the data set
+    indices: NDArray[np.int64]  # (n,) number of the image in the data set
     geometry: NDArray[np.float64]  # (2, n, G) uniforms for `crop_boxes` or `affine_matrices`, per view
     flips: NDArray[np.bool_]  # (2, n) mirror left to right, after the crop
     photometric: PhotometricParameters  # 2n rows: view 1, then view 2
 
 
 def _mix_int(x: int) -> int:
-    """The splitmix64 finaliser of one Python integer."""
+    """Return the splitmix64 finaliser of one Python integer."""
     x &= _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -75,7 +74,7 @@ def _mix_int(x: int) -> int:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The splitmix64 finaliser, in place, of an array that the caller gives up."""
+    """Apply the splitmix64 finaliser to an array, in place."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -85,7 +84,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _starts(seed: int, epoch: int, purpose: int, positions: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Where the stream of each position starts, (n,). purpose 0 is the epoch's order, 1 and 2 are the two views."""
+    """Return where the stream of each position starts, (n,). purpose 0 is the epoch's order; 1 and 2 are the two views."""
     key = 0
     for part in (seed, epoch, purpose):
         key = _mix_int(_mix_int(part + _GOLDEN) + key * _GOLDEN)
@@ -93,19 +92,19 @@ def _starts(seed: int, epoch: int, purpose: int, positions: NDArray[np.int64]) -
 
 
 def uniforms(seed: int, epoch: int, positions: NDArray[np.int64], view: int, count: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), multiples of 2^-53, for each position: float64 (n, count).
+    """Return uniform numbers in [0, 1), multiples of 2^-53, for each position: float64 (n, count).
 
-    seed: any integer (modulo 2^64).  positions: int64 (n,), in the epoch.  view: 0 or 1.  Column k is the same
-    whatever `count` is, so a longer row only appends.
+    seed: any integer (modulo 2^64).  positions: int64 (n,), in the epoch.  view: 0 or 1.
+    count: columns. Column k does not depend on it: a larger `count` only appends columns.
     """
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
     bits = _mix(_starts(seed, epoch, view + 1, positions)[:, None] + steps)
-    # As int64, which is exact after the shift: numpy converts signed integers to float64 faster than unsigned.
+    # As int64, which is exact after the shift: numpy converts signed integers to float64 faster than unsigned ones.
     return (bits >> np.uint64(11)).view(np.int64) * np.float64(2.0**-53)
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the images: a permutation of range(num_images), int64."""
+    """Return the order in which an epoch visits the images: a permutation of range(num_images), int64."""
     return np.argsort(_starts(seed, epoch, 0, np.arange(num_images)), kind="stable")
 
 
@@ -116,11 +115,13 @@ def _spread(uniform: NDArray[np.float64], low: float, high: float) -> NDArray[np
 def crop_boxes(
     uniform: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64], rule: CropRule
 ) -> NDArray[np.int64]:
-    """Crop boxes by torchvision's `RandomResizedCrop.get_params`: int64 (n, 4) = top, left, height, width.
+    """Return crop boxes as torchvision's `RandomResizedCrop.get_params` draws them: int64 (n, 4) = top, left, height, width.
 
-    uniform: (n, >= CROP_DRAWS).  height, width: (n,) of the images, pixels. The first of ten tries that fits is taken
-    (area uniform, ratio log-uniform, sides rounded half to even as Python's round does), its place uniform over all
-    that fit; if none fits, the largest central box of an allowed ratio.
+    Of ten tries (area uniform, ratio log-uniform, sides rounded half to even as Python's round does) the first that fits into the
+    image is taken, at a place that is uniform over all places where it fits. If none fits, the box is the largest central one
+    with an allowed ratio.
+
+    uniform: (n, >= CROP_DRAWS).  height, width: (n,), of the images, in pixels.
     """
     area = _spread(uniform[:, :CROP_TRIES], *rule.scale) * (height * width)[:, None]
     root_ratio = np.exp(_spread(uniform[:, CROP_TRIES : 2 * CROP_TRIES], *(0.5 * math.log(r) for r in rule.ratio)))
@@ -133,7 +134,7 @@ def crop_boxes(
     rows = np.arange(len(first))
     found = fits[rows, first]
     low, high = rule.ratio
-    # Shrinking whichever side is too long leaves the whole image where the ratio is allowed already.
+    # Shrinking the side that is too long keeps the whole image if its ratio is allowed already.
     box_height = np.where(found, heights[rows, first], np.clip(np.rint(width / low), 1, height)).astype(np.int64)
     box_width = np.where(found, widths[rows, first], np.clip(np.rint(height * high), 1, width)).astype(np.int64)
 
@@ -144,11 +145,13 @@ def crop_boxes(
 
 
 def affine_matrices(uniform: NDArray[np.float64], rule: AffineRule) -> NDArray[np.float32]:
-    """Affine maps for `torch.nn.functional.affine_grid(theta, size, align_corners=False)`: float32 (n, 2, 3).
+    """Return affine maps for `torch.nn.functional.affine_grid(theta, size, align_corners=False)`: float32 (n, 2, 3).
 
-    uniform: (n, >= AFFINE_DRAWS). theta takes output to input coordinates, both in [-1, 1] with y downwards, so it is
-    the inverse of what happens to the picture, y = s R(a) S x + t, as in torchvision's `RandomAffine`
-    (S = [[1, -tan b], [0, 1]]): theta = [A | -A t] with A = S^-1 R(-a) / s. The image is taken to be square.
+    theta maps output to input coordinates, both in [-1, 1] with y downwards. It is the inverse of what happens to the picture,
+    y = s R(a) S x + t, as in torchvision's `RandomAffine` (S = [[1, -tan b], [0, 1]]): theta = [A | -A t] with
+    A = S^-1 R(-a) / s. The image is assumed to be square.
+
+    uniform: (n, >= AFFINE_DRAWS).
     """
     angle = np.deg2rad(_spread(uniform[:, 0], -rule.degrees, rule.degrees))
     scale = _spread(uniform[:, 1], *rule.scale)
@@ -167,10 +170,11 @@ def affine_matrices(uniform: NDArray[np.float64], rule: AffineRule) -> NDArray[n
 def photometric_parameters(
     uniform: NDArray[np.float64], augmentation: Augmentation, view: int
 ) -> PhotometricParameters:
-    """What happens to the colours of n images in one view (0 or 1).
+    """Return what happens to the colours of n images in one view (0 or 1).
 
-    uniform: (n, >= PHOTOMETRIC_DRAWS). Strengths as in torchvision's `ColorJitter`; all four are off together with
-    probability 1 - jitter_probability.
+    Strengths are as in torchvision's `ColorJitter`; with probability 1 - jitter_probability all four operations are off together.
+
+    uniform: (n, >= PHOTOMETRIC_DRAWS). Each column serves one choice.
     """
     a = augmentation
     jitter = uniform[:, 0] < a.jitter_probability
@@ -193,8 +197,8 @@ def photometric_parameters(
     )
 
 
-# Beside the clock rather than in it, so that a clock sent to a worker process carries no order of a million images.
-# Two: at the end of an epoch a loader that reads ahead asks for both.
+# A function rather than a field of the clock, so that a clock sent to a worker process does not carry the order of a million
+# images. Two orders are kept: at the end of an epoch a loader that reads ahead asks for both.
 @lru_cache(maxsize=2)
 def _cached_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
     return epoch_order(seed, epoch, num_images)
@@ -204,8 +208,14 @@ def _cached_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
 class Clock:
     """What every step of a run sees, as a function of the step.
 
-    batch_size is global: the images of one step over all ranks. The incomplete batch at the end of an epoch is
-    dropped (its images differ from epoch to epoch). Raises UsageError if there is not one whole batch.
+    Attributes:
+        seed: of the run; any integer.
+        num_images: images in the training split.
+        batch_size: images of one step over all ranks. The incomplete batch at the end of an epoch is dropped; its images differ
+            from epoch to epoch.
+        augmentation: the recipe.
+
+    Raises UsageError if there are too few images for one batch.
     """
 
     seed: int
@@ -227,18 +237,18 @@ class Clock:
         return self.num_images // self.batch_size
 
     def candidates(self, epoch: int, position: int) -> Iterator[int]:
-        """The image at a position of an epoch, then those that stand in for it where it cannot be read: the epoch's
-        order from there on, round its end, each image once.
+        """Yield the image at a position of an epoch, then the images that stand in for it if it cannot be read.
+
+        They follow the epoch's order from the position on, wrap around at its end, and contain each image once.
         """
         order = _cached_order(self.seed, epoch, self.num_images)
         return (int(order[(position + k) % self.num_images]) for k in range(self.num_images))
 
     def at(self, step: int, rank: int = 0, world_size: int = 1) -> BatchPlan:
-        """This rank's share of step `step` (counted from 0 over the whole run): a contiguous part of the global
-        batch.
+        """Return this rank's share of step `step` (counted from 0 over the whole run), a contiguous part of the global batch.
 
-        The ranks' shares one after the other are the global batch, bit for bit. Raises UsageError if the batch size
-        is no multiple of world_size.
+        The shares of all ranks, concatenated, are the global batch, bit for bit. Raises UsageError if the batch size is not a
+        multiple of world_size, or if `step` or `rank` is out of range.
         """
         if self.batch_size % world_size:
             raise UsageError(
@@ -254,8 +264,7 @@ class Clock:
 
         flip, photometric = slice(0, 1), slice(1, 1 + PHOTOMETRIC_DRAWS)
         geometry = slice(photometric.stop, photometric.stop + (CROP_DRAWS if self.augmentation.crop else AFFINE_DRAWS))
-        # Measured at batch 256 with crops, both views and `crop_boxes` included: 1.0 us an image (one core of an
-        # EPYC).
+        # Measured at batch 256 with crops, for both views and with `crop_boxes`: 1.0 us per image (one core of an EPYC).
         draws = np.stack([uniforms(self.seed, epoch, positions, view, geometry.stop) for view in (0, 1)])
         views = [photometric_parameters(draws[view, :, photometric], self.augmentation, view) for view in (0, 1)]
         return BatchPlan(

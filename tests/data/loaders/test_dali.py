@@ -23,6 +23,7 @@ from ..images import CPU, damage, joined, same, smooth, write_every_kind
 
 pytest.importorskip("nvidia.dali")
 
+
 RECIPE = AUGMENTATIONS["imagenet-asymmetric"]
 
 
@@ -125,20 +126,12 @@ def test_starting_later_and_other_numbers_of_ranks_change_nothing(photos: Split)
             assert same(batch, joined(parts))
 
 
-def test_the_graph_for_a_gpu_is_sound() -> None:
-    for device in ("cpu", "cuda"):
-        assert dali.build_pipeline(lambda: None, 4, 224, torch.device(device), 0).serialize()
-
-
 def test_stopping_early_leaves_no_threads(photos: Split) -> None:
     before = threading.active_count()
     with closing(dali.training_batches(photos, Clock(0, 36, 6, RECIPE), 8, range(100), CPU)) as batches:
         next(batches)
     assert threading.active_count() <= before
     assert list(dali.training_batches(photos, Clock(0, 36, 6, RECIPE), 8, range(3, 3), CPU)) == []
-
-
-# ---- bad files ----
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
-from falcon_fast.data.sources.images import ImageArray, reason_of
+from falcon_fast.data.sources.images import ImageArray
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
@@ -76,15 +75,6 @@ def test_a_damaged_list_is_named(tmp_path: Path) -> None:
     path.write_text("image,file,reason\nseven,x,y\n")
     with pytest.raises(UsageError, match=r"quarantine\.csv is damaged"):
         Quarantine(IMAGES, 0.01, path)
-
-
-def test_reasons_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_bytes(b"<html>")
-    with pytest.raises(OSError) as caught:
-        Image.open(tmp_path / "x.jpg")
-    assert reason_of(caught.value) == "not an image of a known format"
-    assert reason_of(OSError("two\n lines")) == "two lines" and reason_of(ValueError()) == "ValueError"
-    assert reason_of(FileNotFoundError(2, "No such file", "x")) == "no such file"
 
 
 def test_a_share_stops_when_all_is_bad() -> None:

@@ -9,17 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
 from falcon_fast.config import DataConfig
 from falcon_fast.data.loaders import resident, workers
 from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split, header_size
-from falcon_fast.data.sources.open_source import open_source
-from falcon_fast.data.views import crop_products
+from falcon_fast.data.sources.opening import open_source
+from falcon_fast.data.views import crops_torch
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
@@ -60,24 +57,6 @@ def check_same(split: Split, recipe: str, batch_size: int, size: int, steps: ran
     assert all(batch.views.is_contiguous(memory_format=torch.channels_last) for batch in ours)
 
 
-@given(
-    sides=st.tuples(*[st.integers(1, 70)] * 2), size=st.integers(1, 40), flip=st.booleans(), seed=st.integers(0, 999)
-)
-def test_any_region_is_pillows(sides: tuple[int, int], size: int, flip: bool, seed: int) -> None:
-    random = np.random.RandomState(seed)
-    height, width = sides
-    pixels = (random.rand(height, width, 3) * 256).astype(np.uint8)
-    rows, columns = random.randint(1, height + 1), random.randint(1, width + 1)
-    top, left = random.randint(0, height - rows + 1), random.randint(0, width - columns + 1)
-    box = (left, top, left + columns, top + rows)
-    # One axis after the other: which of them Pillow 13 takes first depends on the sides.
-    region = Image.fromarray(pixels).crop(box).resize((size, rows), Image.Resampling.BICUBIC)
-    expected = np.asarray(region.resize((size, size), Image.Resampling.BICUBIC))
-    boxes = torch.tensor([[top, left, rows, columns]])
-    (ours,) = resident.crop(torch.from_numpy(pixels)[None], boxes, torch.tensor([flip]), size)
-    assert np.array_equal(ours.permute(1, 2, 0).numpy(), expected[:, ::-1] if flip else expected)
-
-
 def test_batches_are_those_of_the_workers_bit_for_bit(array_split: Split, crops: None) -> None:
     check_same(array_split, "cifar-asymmetric", 12, 32, range(10))  # into the third epoch
     check_same(array_split, "symmetric", 25, 17, range(2))
@@ -100,7 +79,7 @@ def test_files_of_different_sizes_and_kinds(tmp_path: Path, crops: None) -> None
 
 def test_a_large_batch_is_cropped_in_parts(array_split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "cpu_extension", None)
-    monkeypatch.setattr(crop_products, "CHUNK", 32 * 32 * 3 * 7)
+    monkeypatch.setattr(crops_torch, "CHUNK", 32 * 32 * 3 * 7)
     check_same(array_split, "cifar-asymmetric", 12, 32, range(2))
 
 
@@ -114,19 +93,6 @@ def test_starting_later_and_other_numbers_of_ranks_change_nothing(array_split: S
         ranks = [batches(array_split, clock, 32, range(1, 8), rank=r, world_size=world) for r in range(world)]
         for batch, *parts in zip(whole[1:8], *ranks, strict=True):
             assert same(batch, joined(parts))
-
-
-def test_no_value_is_asked_of_the_device() -> None:
-    # Meta tensors have no values: whatever asked for one on the host would raise.
-    def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    views = resident.crop(meta(8, 32, 32, 3, dtype=torch.uint8), meta(8, 4), meta(8, dtype=torch.bool), 24)
-    assert views.shape == (8, 3, 24, 24) and views.dtype == torch.uint8
-    warped = workers.warp(
-        meta(4, 16, 16, 3, dtype=torch.uint8), meta(8, 2, 3, dtype=torch.float32), meta(8, dtype=torch.bool)
-    )
-    assert warped.shape == (8, 16, 16, 3)
 
 
 def test_bad_files_are_replaced_as_the_workers_replace_them(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from falcon_fast.data.views.photometric import augment, to_tensors
 from falcon_fast.data.views.photometric_compiled import fused
 from falcon_fast.data.views.photometric_stage import photometric_stage
 
-from .test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
+from .colours import EVERYTHING, MEAN, STD, drawn, off, photos
 
 RECIPES = [EVERYTHING, *AUGMENTATIONS.values()]
 

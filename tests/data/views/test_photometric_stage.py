@@ -10,7 +10,7 @@ from falcon_fast.data.views.photometric import augment, to_tensors
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import UsageError
 
-from .test_photometric import EVERYTHING, MEAN, STD, drawn, photos
+from .colours import EVERYTHING, MEAN, STD, drawn, photos
 
 CUDA = torch.device("cuda")
 
@@ -31,7 +31,7 @@ def test_without_the_extension_it_runs_eagerly_and_says_so(monkeypatch: pytest.M
     images, p, lines = photos(4), to_tensors(drawn(4, EVERYTHING), "cpu"), []
     views = photometric_stage(EVERYTHING, "auto", lines.append)(images, p, MEAN, STD)
     assert torch.equal(views, augment(images, p, MEAN, STD, EVERYTHING))
-    missing = "the C++ kernels were not built, no C++ compiler at installation"
+    missing = "the C++ kernels were not built: there was no C++ compiler at installation"
     assert lines == [f"the augmentations run in PyTorch, more slowly: {missing}"]
     with pytest.raises(UsageError, match="kernels were not built"):
         photometric_stage(EVERYTHING, "cpu")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from falcon_fast.data.views import sampling
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, AffineRule, Augmentation, CropRule
 from falcon_fast.data.views.sampling import (
     AFFINE_DRAWS,
@@ -19,6 +21,7 @@ from falcon_fast.data.views.sampling import (
     PHOTOMETRIC_DRAWS,
     BatchPlan,
     Clock,
+    PhotometricParameters,
     affine_matrices,
     crop_boxes,
     epoch_order,
@@ -27,7 +30,13 @@ from falcon_fast.data.views.sampling import (
 )
 from falcon_fast.errors import UsageError
 
+from .colours import EVERYTHING
+
 GOLDEN = 0x9E3779B97F4A7C15
+# Every choice there is, each as likely as not.
+HALF = dataclasses.replace(
+    EVERYTHING, flip_probability=0.5, jitter_probability=0.5, gray_probability=0.5, solarize_probability=(0.5, 0.5)
+)
 
 
 def mix(x: int) -> int:
@@ -349,6 +358,98 @@ def test_plan_shapes_views_and_flips() -> None:
     assert np.abs(correlation).max() < 5 / math.sqrt(4000)
     digits = Clock(2, 5000, 40, AUGMENTATIONS["digits"]).at(0)
     assert digits.geometry.shape == (2, 40, AFFINE_DRAWS) and not digits.flips.any()
+
+
+PHOTOMETRIC_COLUMNS = {
+    0: {"brightness", "contrast", "saturation", "hue"},  # whether there is jitter at all
+    1: {"brightness"},
+    2: {"contrast"},
+    3: {"saturation"},
+    4: {"hue"},
+    5: {"order"},
+    6: {"gray"},
+    7: {"sigma"},  # whether there is blur
+    8: {"sigma"},  # how much
+    9: {"solarize"},
+}
+
+
+@pytest.mark.parametrize("name", ["cifar-asymmetric", "digits"])
+def test_every_choice_reads_a_column_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace one column of the random numbers after the other: exactly the choice that reads it changes."""
+    crops = AUGMENTATIONS[name].crop is not None
+    recipe = dataclasses.replace(HALF, crop=AUGMENTATIONS[name].crop, affine=AUGMENTATIONS[name].affine)
+    clock = Clock(3, 400, 400, recipe)
+    before, original = clock.at(0), sampling.uniforms
+    geometry = CROP_DRAWS if crops else AFFINE_DRAWS
+    changed = []
+    for column in range(1 + PHOTOMETRIC_DRAWS + geometry):
+
+        def replaced(
+            seed: int, epoch: int, positions: np.ndarray, view: int, count: int, k: int = column
+        ) -> np.ndarray:
+            u = original(seed, epoch, positions, view, count)
+            u[:, k] = original(seed + 99, epoch, positions, view, count)[:, k]
+            return u
+
+        monkeypatch.setattr(sampling, "uniforms", replaced)
+        after = clock.at(0)
+        found: set[object] = {
+            field
+            for field in PhotometricParameters._fields
+            if not np.array_equal(getattr(after.photometric, field), getattr(before.photometric, field))
+        }
+        found |= {"flips"} if not np.array_equal(after.flips, before.flips) else set()
+        found |= set(np.flatnonzero((after.geometry != before.geometry).any((0, 1))).tolist())
+        changed.append(found)
+        assert np.array_equal(after.indices, before.indices)
+    assert changed[0] == {"flips"}
+    assert dict(enumerate(changed[1 : 1 + PHOTOMETRIC_DRAWS])) == PHOTOMETRIC_COLUMNS
+    assert changed[1 + PHOTOMETRIC_DRAWS :] == [{k} for k in range(geometry)]
+
+
+def test_every_pair_of_choices_is_independent() -> None:
+    """Of 30 choices, 15 for each view: a chi-squared test of independence for each of the 435 pairs, over 20,000 images."""
+    from scipy.stats import chi2_contingency
+
+    n, side = 20_000, 1000
+    always = dataclasses.replace(HALF, jitter_probability=1.0, blur_probability=(1.0, 1.0))
+    plan, strengths = (Clock(8, n, n, recipe).at(0) for recipe in (HALF, always))
+    orders = sorted(permutations(range(4)))
+    choices: dict[tuple[int, str], np.ndarray] = {}
+    for view in (0, 1):
+        rows = slice(view * n, (view + 1) * n)
+        switch = PhotometricParameters(*(field[rows] for field in plan.photometric))
+        strength = PhotometricParameters(*(field[rows] for field in strengths.photometric))
+        # A crop of this size always fits at the first try, so area and ratio show the numbers drawn for them.
+        rule = CropRule(scale=(0.2, 0.5))
+        top, left, height, width = crop_boxes(plan.geometry[view], np.full(n, side), np.full(n, side), rule).T
+        named = {
+            "flip": plan.flips[view],
+            "jitter": switch.brightness != 1,
+            "gray": switch.gray,
+            "blur": switch.sigma > 0,
+            "solarize": switch.solarize,
+            "brightness": strength.brightness,
+            "contrast": strength.contrast,
+            "saturation": strength.saturation,
+            "hue": strength.hue,
+            "sigma": strength.sigma,
+            "order": np.array([orders.index(tuple(row)) for row in strength.order.tolist()]),
+            "area": height * width,
+            "ratio": width / height,
+            "top": (top + 0.5) / (side - height + 1),
+            "left": (left + 0.5) / (side - width + 1),
+        }
+        for name, values in named.items():
+            if values.dtype.kind == "f" or name == "area":  # quarters
+                values = np.searchsorted(np.quantile(values, (0.25, 0.5, 0.75)), values)
+            choices[view, name] = values.astype(np.int64)
+    assert len(choices) == 30
+    for (one, a), (other, b) in combinations(choices.items(), 2):
+        table = np.zeros((a.max() + 1, b.max() + 1), np.int64)
+        np.add.at(table, (a, b), 1)
+        assert chi2_contingency(table).pvalue > 1e-5, (one, other)  # 435 tests: the smallest is near 2e-3
 
 
 def test_recipes_share_their_crops() -> None:

@@ -15,7 +15,7 @@ from falcon_fast.data.views.photometric_stage import cpu_stage
 from falcon_fast.kernels import cpu_extension
 from falcon_fast.kernels.cpu.views import DTYPES
 
-from ...data.views.test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
+from ...data.views.colours import EVERYTHING, MEAN, STD, drawn, off, photos
 
 pytestmark = pytest.mark.skipif(cpu_extension is None, reason="extension not built")
 LEVELS = cpu_extension.levels() if cpu_extension else []

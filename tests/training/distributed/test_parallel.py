@@ -23,8 +23,8 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.data.loaders.choose import training_batches
-from falcon_fast.data.sources.open_source import open_source
+from falcon_fast.data.loaders.training import training_batches
+from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.photometric_stage import photometric_stage
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm

@@ -25,7 +25,7 @@ from falcon_fast.errors import UsageError
 from falcon_fast.kernels.gpu import resources
 from falcon_fast.kernels.gpu.views import augmentation
 
-from ....data.views.test_photometric import EVERYTHING, MEAN, STD, drawn, off, photos
+from ....data.views.colours import EVERYTHING, MEAN, STD, drawn, off, photos
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS_LAST = torch.channels_last

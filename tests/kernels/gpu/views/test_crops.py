@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from falcon_fast.data.loaders import resident
-from falcon_fast.data.views.crops import pillow_crop
+from falcon_fast.data.views.crops_cpu import pillow_crop
 
 pytest.importorskip("triton")
 from falcon_fast.kernels.gpu.views import crops

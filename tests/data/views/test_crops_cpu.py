@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from falcon_fast.data.views import crops
-from falcon_fast.data.views.crops import pillow_crop, resized_crops
+from falcon_fast.data.views import crops_cpu
+from falcon_fast.data.views.crops_cpu import pillow_crop, resized_crops
 from falcon_fast.kernels import cpu_extension
 
 needs_extension = pytest.mark.skipif(cpu_extension is None, reason="extension not built")
@@ -63,7 +63,7 @@ def test_any_region_is_pillows(level: str) -> None:
 
 
 def test_without_the_extension_pillow_crops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crops, "cpu_extension", None)
+    monkeypatch.setattr(crops_cpu, "cpu_extension", None)
     images, boxes, flips = random_crops(np.random.RandomState(0), 5, 50)
     with ThreadPoolExecutor(2) as pool:
         views = resized_crops(images, boxes, flips, 24, pool).numpy().reshape(2, 5, 24, 24, 3)
