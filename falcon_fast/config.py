@@ -28,6 +28,9 @@ PHOTOMETRIC = ("auto", "eager", "cpu", "compiled", "triton")
 SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
+# auto: float32, with torch's own switches for TF32 left as they are (convolutions on a GPU are TF32, matrix products are not);
+# float32: no TF32 anywhere; tf32: TF32 for convolutions and matrix products (NVIDIA GPUs, Ampere or newer);
+# bf16: bfloat16 autocast; fp16: float16 autocast with scaled gradients.
 PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
@@ -103,8 +106,7 @@ class TrainingConfig:
     epochs: int = 100
     batch_size: int = 256  # images a step, over all processes; each gives two views
     accumulate: int = 1  # micro-batches of a step, one after the other; the prior and BatchNorm see one at a time
-    amp: bool = False  # bf16
-    precision: str = "auto"  # one of PRECISIONS; auto: bf16 with amp, else float32 with torch's own switches for TF32
+    precision: str = "auto"  # one of PRECISIONS, which says what each of them means
     compile: bool = False  # network, loss and probe as one graph, by torch.compile
     cuda_graph: bool = False  # the whole step as one launch, on one GPU
     seed: int = 0
@@ -195,14 +197,32 @@ def load_recipe(name: str) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """The configuration of a run, as `dump_config` wrote it. Raises UsageError when it is missing or not valid."""
+    """Read the configuration of a run, as `dump_config` wrote it.
+
+    Raises:
+        UsageError: the file is missing or not valid.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    return validate(_from_tables(tables, where=str(path)))
+    return validate(_from_tables(_translated(tables), where=str(path)))
+
+
+def _translated(tables: dict[str, Any]) -> dict[str, Any]:
+    """Replace `training.amp`, which config.toml of older runs holds, by the `training.precision` that it meant."""
+    training = tables.get("training")
+    if not isinstance(training, dict) or "amp" not in training:
+        return tables
+    training = dict(training)
+    amp, precision = _checked("training.amp", training.pop("amp"), bool), training.get("precision", "auto")
+    if amp and precision not in ("auto", "bf16"):
+        raise UsageError(f"training.amp = true and training.precision = {precision!r} conflict: remove training.amp")
+    if amp:
+        training["precision"] = "bf16"
+    return {**tables, "training": training}
 
 
 def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
@@ -332,8 +352,6 @@ def validate(config: Config) -> Config:
         raise UsageError(f"optimizer.momentum must be in [0, 1), not {optimizer.momentum}")
     if not 0 <= optimizer.ema_decay < 1:
         raise UsageError(f"optimizer.ema_decay must be in [0, 1), not {optimizer.ema_decay}")
-    if training.amp and training.precision not in ("auto", "bf16"):
-        raise UsageError(f"--amp is bf16, --precision says {training.precision}: leave one of them out")
     if training.precision == "fp16" and training.strategy == "fsdp" and config.fsdp.param_dtype == "bfloat16":
         raise UsageError("fsdp.param_dtype=bfloat16 is for --precision bf16: with fp16 leave it float32")
     f, c = loss.embedding_dim, loss.num_codes

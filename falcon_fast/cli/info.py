@@ -39,7 +39,7 @@ def report() -> Iterator[str]:
     else:
         yield "CUDA: no device"
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        precision, _ = choose_precision(TrainingConfig(amp=True), torch.device(kind))
+        precision, _ = choose_precision(TrainingConfig(precision="bf16"), torch.device(kind))
         yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"
     built = (
         f"built, running {cpu_extension.level()}"

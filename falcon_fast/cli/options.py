@@ -19,7 +19,6 @@ OPTION_KEYS = {
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
     "accumulate": "training.accumulate",
-    "amp": "training.amp",
     "precision": "training.precision",
     "optimizer": "optimizer.name",
     "compile": "training.compile",
@@ -89,9 +88,18 @@ def overrides_of(options: Mapping[str, Any], settings: tuple[str, ...]) -> dict[
     found |= dict(parse_assignment(text) for text in settings)
     if "data.path" in found:
         found["data.path"] = os.path.abspath(os.path.expanduser(found["data.path"]))
-    if found.get("training.amp") is False and found.get("training.precision") in ("bf16", "fp16"):
-        raise UsageError(f"--no-amp is no autocast, --precision says {found['training.precision']}: leave one out")
-    return found
+    return found | _short_form(options.get("amp"), found.get("training.precision"))
+
+
+def _short_form(amp: bool | None, precision: str | None) -> dict[str, Any]:
+    """Return what --amp (True) or --no-amp (False) sets; `precision` is what was asked for otherwise, if anything."""
+    if amp is None:
+        return {}
+    if precision is None:
+        return {"training.precision": "bf16" if amp else "auto"}
+    if (precision != "bf16") if amp else (precision in ("bf16", "fp16")):
+        raise UsageError(f"--{'amp' if amp else 'no-amp'} and --precision {precision} conflict: drop one")
+    return {}
 
 
 def configured(recipe: str | None, overrides: Mapping[str, Any]) -> Config:

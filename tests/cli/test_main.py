@@ -208,8 +208,8 @@ BAD = {
     "no value": (["--set", "loss.beta"], "section.key=value"),
     "wrong type": (["--set", "loss.beta=much"], "must be a number"),
     "precision": (["--precision", "fp8"], "did you mean 'fp16'"),
-    "two precisions": (["--amp", "--precision", "fp16"], "leave one of them out"),
-    "no precision": (["--no-amp", "--precision", "bf16"], "leave one out"),
+    "two precisions": (["--amp", "--precision", "fp16"], "--amp and --precision fp16 conflict: drop one"),
+    "no precision": (["--no-amp", "--precision", "bf16"], "--no-amp and --precision bf16 conflict: drop one"),
     "micro-batches": (["--accumulate", "3"], "make it a multiple of 3"),
     "wrong type of option": (["--epochs", "many"], "not a valid integer"),
     "c": (["--num-codes", "1"], "at least 2 codes"),
@@ -276,6 +276,22 @@ def test_resume_of_a_finished_run_only_evaluates(finished, tmp_path, falcon_fast
     code, _, err = falcon_fast("train", "--resume", copied)
     assert code == 0, err
     assert (copied / "metrics.csv").read_text() == (Path(finished[0]) / "metrics.csv").read_text()
+
+
+def test_a_run_whose_config_still_holds_amp_is_evaluated_resumed_and_continued(finished, tmp_path, falcon_fast):
+    """As run directories were written while `training.amp` was a setting beside `training.precision`."""
+    old = tmp_path / "old"
+    shutil.copytree(finished[0], old)
+    text = (old / "config.toml").read_text()
+    assert 'precision = "auto"' in text
+    (old / "config.toml").write_text(text.replace('precision = "auto"', 'amp = false\nprecision = "auto"'))
+    for command in (["evaluate", old], ["train", "--resume", old], ["train", *TINY, "--continue", "--run-dir", old]):
+        code, _, err = falcon_fast(*command)
+        assert code == 0, err
+    code, _, err = falcon_fast("train", *TINY, "--precision", "bf16", "--continue", "--run-dir", old)
+    assert code == 2 and "--no-amp and --precision bf16 conflict: drop one" in err
+    code, _, err = falcon_fast("train", *TINY, "--amp", "--continue", "--run-dir", old)
+    assert code == 2 and "training.precision is 'auto', not 'bf16'" in err
 
 
 def test_continue_of_a_finished_run_says_so(finished, falcon_fast):

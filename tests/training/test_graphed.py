@@ -195,7 +195,12 @@ def test_captured(optimizer, scaled, accumulate) -> None:
 @needs_gpu
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"training.amp": True}, {"training.amp": True, "training.compile": True}, {"training.precision": "fp16"}],
+    [
+        {},
+        {"training.precision": "bf16"},
+        {"training.precision": "bf16", "training.compile": True},
+        {"training.precision": "fp16"},
+    ],
     ids=["float32", "bf16", "compiled", "fp16"],
 )
 def test_a_captured_run(tmp_path: Path, changes) -> None:

@@ -214,7 +214,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatc
         ({"loss__temperature_batch": 16}, "temperature"),
         ({"loss__num_codes": 128}, "dictionary"),
         ({"optimizer__name": "adam"}, "optimizer"),
-        ({"training__amp": True}, "precision"),
+        ({"training__precision": "bf16"}, "precision"),
         ({"loss__activation": "l2"}, "model"),
     ],
 )
