@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from falcon_fast.cli.options import configured, overrides_of, training_options
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import RunStopped, UsageError
 
 # Seconds that --continue waits for the run before it: NFS knows that a machine is gone, with its locks, after 90.
 PATIENCE = 100.0
@@ -104,13 +104,11 @@ def train(
     console.print(describe(run, directory, step), soft_wrap=True)
     try:
         seconds = train_run(run, directory, console, step, seconds)
-    except KeyboardInterrupt:
+    except (RunStopped, KeyboardInterrupt):
         kept = checkpoint.complete(directory / "checkpoints")  # a second Ctrl-C does not wait for the first one
         how = f"continue with: falcon-fast train --resume {directory}" if kept else "no checkpoint had been written"
         console.print(f"stopped; {how}", soft_wrap=True)
-        stop = SystemExit(130)  # of every process; torchrun makes 1 of it
-        stop.agreed = True  # type: ignore[attr-defined]
-        raise stop from None
+        raise RunStopped(everywhere=True) from None
     if run.learner.average is not None:  # training is over: the average is what is judged and kept
         run.learner.average.swap(run.network)
     network, _ = run.whole()

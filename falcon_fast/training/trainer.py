@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.errors import TrainingError
+from falcon_fast.errors import RunStopped, TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.models.network import FalconNetwork
@@ -38,7 +38,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
 
     Raises:
         TrainingError: a loss is not finite, a checkpoint cannot be written, or another process is gone; the last good one stays.
-        KeyboardInterrupt: SIGINT or SIGTERM came to any process; the state was saved first.
+        RunStopped: SIGINT or SIGTERM came to any process; the state was saved first.
     """
     config, processes, total, per_epoch = run.config, run.processes, run.total_steps, run.clock.steps_per_epoch
     optimizer = config.optimizer
@@ -84,9 +84,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         if (bad := int(processes.least(first_bad))) < NEVER:
             with suppress(TrainingError):
                 saver.wait()  # for what is said to be kept
-            error = TrainingError(f"the loss is not finite at step {bad}: training stopped; {kept()}")
-            error.agreed = True  # type: ignore[attr-defined]
-            raise error
+            raise TrainingError(f"the loss is not finite at step {bad}: training stopped; {kept()}", everywhere=True)
 
     display = TrainingDisplay(console, total, start_step)
     with (
@@ -133,7 +131,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             if stopping:
                 saver.wait()
                 agreed.finish()
-                raise KeyboardInterrupt
+                raise RunStopped(everywhere=True)
             if last:
                 agreed.finish()
                 break

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.errors import RunStopped, TrainingError, UsageError
 from falcon_fast.hardware import precision
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.runs.results import load_trained
@@ -151,8 +151,9 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(stepper, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RunStopped) as stopped:
             trainer.train(start(directory), directory, QUIET)
+    assert stopped.value.everywhere
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert len(calls) == 8 and checkpoint.latest(directory).name == "step-00000008"
     assert capfd.readouterr().err.count("stopping after this step") == 1

@@ -189,9 +189,8 @@ class Saver:
             rank, (cause, _) = min(error.failures.items())
             who = f"process {rank}: " if self._group is not None else ""
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-            raised = TrainingError(f"checkpoint {final} was not written ({who}{reason})")
-            raised.agreed = self._group is not None  # type: ignore[attr-defined]
-            raise raised from None
+            line = f"checkpoint {final} was not written ({who}{reason})"
+            raise TrainingError(line, everywhere=self._group is not None) from None
         finally:  # after success it has another name
             if self._processes.main:
                 shutil.rmtree(self._partial(final), ignore_errors=True)

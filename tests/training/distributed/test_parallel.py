@@ -32,7 +32,7 @@ from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import trainer
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.distributed import parallel
-from falcon_fast.training.distributed.processes import Processes, StopAgreement, join, lost_peers, speaks
+from falcon_fast.training.distributed.processes import Processes, StopAgreement, everywhere, join, lost_peers, speaks
 from falcon_fast.training.run import Run, _build, prepare, restore
 from falcon_fast.training.step import training_step
 
@@ -148,6 +148,7 @@ def _two_processes(rank, world, folder):
                     raise error
         except type(error) as raised:
             found[type(error).__name__] = str(raised)
+            assert everywhere(raised)
     stop, answers = StopAgreement(processes), []
     for step in range(4):
         answers.append(stop(rank == 1 and step >= 1))
