@@ -43,8 +43,9 @@ def train(
     from falcon_fast.runs import results
     from falcon_fast.runs.lock import RunLock
     from falcon_fast.training.checkpoints import checkpoint
+    from falcon_fast.training.checkpoints.restore import restore
     from falcon_fast.training.distributed.processes import join
-    from falcon_fast.training.run import prepare, restore
+    from falcon_fast.training.run import prepare
     from falcon_fast.training.trainer import train as train_run
 
     overrides = overrides_of(options, settings)

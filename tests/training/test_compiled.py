@@ -17,7 +17,8 @@ from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import compiled, trainer
 from falcon_fast.training.checkpoints import checkpoint
-from falcon_fast.training.run import prepare, restore
+from falcon_fast.training.checkpoints.restore import restore
+from falcon_fast.training.run import prepare
 from falcon_fast.training.step import training_step
 
 SETTINGS = {"model.width": 4, "loss.embedding_dim": 32, "loss.num_codes": 64, "loss.temperature_batch": 1}

@@ -20,9 +20,10 @@ from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import graphed, trainer
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.graphed import WARM_UP, GraphedStep
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.run import prepare, restore
+from falcon_fast.training.run import prepare
 from falcon_fast.training.step import Learner, training_step
 
 CPU = torch.device("cpu")

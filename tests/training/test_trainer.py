@@ -20,11 +20,12 @@ from falcon_fast.errors import RunStopped, TrainingError, UsageError
 from falcon_fast.hardware import precision
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.runs.results import load_trained
-from falcon_fast.training import stepper, trainer
+from falcon_fast.training import session, stepper, trainer
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.distributed import signals
 from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS
-from falcon_fast.training.run import Run, prepare, restore
+from falcon_fast.training.run import Run, prepare
 
 TINY = {
     "model.width": 4,
@@ -284,8 +285,10 @@ def test_scale_average_and_micro_batches_continue_bit_for_bit(tmp_path, monkeypa
 
 def test_what_is_tested_and_kept_is_the_average(tmp_path, monkeypatch):
     judged = []
-    test = trainer._test
-    monkeypatch.setattr(trainer, "_test", lambda *a: judged.append(copy.deepcopy(a[1].state_dict())) or test(*a))
+    test = session.measure_on_test_split
+    monkeypatch.setattr(
+        session, "measure_on_test_split", lambda *a: judged.append(copy.deepcopy(a[1].state_dict())) or test(*a)
+    )
     directory = tmp_path / "run"
     run = start(directory, training__epochs=1, optimizer__ema_decay=0.8)
     trainer.train(run, directory, QUIET)

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from falcon_fast.config import OptimizerConfig
 from falcon_fast.errors import TrainingError, UsageError
-from falcon_fast.training.checkpoints import checkpoint, storage
+from falcon_fast.training.checkpoints import checkpoint, saver, storage
+from falcon_fast.training.checkpoints.saver import Saver
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.optimizer import build_optimizer
 
@@ -37,8 +38,8 @@ def trained(name: str = "adamw", steps: int = 3):
 
 
 def save(tmp_path: Path, parts, step: int = 3, keep: int = 2, asynchronous: bool = False) -> Path:
-    with checkpoint.Saver(tmp_path / "checkpoints", keep, asynchronous) as saver:
-        saver.save(step, checkpoint.collect(*parts), {"seconds": 1.5})
+    with Saver(tmp_path / "checkpoints", keep, asynchronous) as writer:
+        writer.save(step, checkpoint.collect(*parts), {"seconds": 1.5})
     return tmp_path / "checkpoints" / f"step-{step:08d}"
 
 
@@ -146,8 +147,8 @@ def test_damage_and_misfits_are_one_line(tmp_path):
 
 def test_further_tensors_come_back_in_place(tmp_path):
     parts, average = trained(), torch.randn(3)
-    with checkpoint.Saver(tmp_path, 1) as saver:
-        saver.save(3, checkpoint.collect(*parts, extra={"average.weight": average}), {})
+    with Saver(tmp_path, 1) as writer:
+        writer.save(3, checkpoint.collect(*parts, extra={"average.weight": average}), {})
     mine = torch.zeros(3)
     checkpoint.load(tmp_path / "step-00000003", *parts, extra={"average.weight": mine})
     assert torch.equal(mine, average)
@@ -161,13 +162,13 @@ def test_an_asynchronous_save_holds_what_was_there_when_it_was_asked_for(tmp_pat
     parts = trained()
     weight = parts[0][3].weight
     before = weight.detach().clone()
-    with checkpoint.Saver(tmp_path, 2, asynchronous=True) as saver:
-        saver.save(1, checkpoint.collect(*parts), {})
+    with Saver(tmp_path, 2, asynchronous=True) as writer:
+        writer.save(1, checkpoint.collect(*parts), {})
         assert checkpoint.complete(tmp_path) == []  # training goes on meanwhile
         with torch.no_grad():
             weight.add_(1.0)
         go.set()
-        saver.save(2, checkpoint.collect(*parts), {})  # waits for the first
+        writer.save(2, checkpoint.collect(*parts), {})  # waits for the first
         assert checkpoint.complete(tmp_path)[0].name == "step-00000001"
     first, second = checkpoint.complete(tmp_path)
     for path, expected in ((first, before), (second, before + 1.0)):
@@ -181,15 +182,15 @@ def test_an_error_in_the_background_is_raised_at_the_next_save(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     parts = trained()
-    with checkpoint.Saver(tmp_path, 2, asynchronous=True) as saver:
+    with Saver(tmp_path, 2, asynchronous=True) as writer:
         with monkeypatch.context() as patch:
             patch.setattr(storage.Writer, "finish", full)
-            saver.save(1, checkpoint.collect(*parts), {})
-            saver._pending[0].exception(30)
+            writer.save(1, checkpoint.collect(*parts), {})
+            writer._pending[0].exception(30)
         with pytest.raises(TrainingError, match=r"step-00000001 was not written .*No space left"):
-            saver.save(2, checkpoint.collect(*parts), {})
+            writer.save(2, checkpoint.collect(*parts), {})
         assert list(tmp_path.iterdir()) == []
-        saver.save(3, checkpoint.collect(*parts), {})
+        writer.save(3, checkpoint.collect(*parts), {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
@@ -197,7 +198,7 @@ def test_what_killed_processes_left_goes_at_the_start(tmp_path):
     for name in (".step-00000007.host-1.partial", ".step-00000001.old.host-1.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
-    with checkpoint.Saver(tmp_path, 1):
+    with Saver(tmp_path, 1):
         assert list(tmp_path.iterdir()) == []
 
 
@@ -238,13 +239,13 @@ def _processes(rank: int, world: int) -> Processes:
 def _save_sharded(rank, world, folder):
     parts = sharded(3)
     processes = _processes(rank, world)
-    with checkpoint.Saver(folder / "checkpoints", 2, True, processes) as saver:
+    with Saver(folder / "checkpoints", 2, True, processes) as writer:
         for step in (1, 2):
             extra = {"average.weight": parts[0][2].weight.detach() * step}
             tensors = checkpoint.collect(*parts, extra=extra, rank=rank)
             expected = {k: v.copy() for k, v in whole(tensors).items()}
             torch.randn(rank + 1)
-            saver.save(step, tensors, {"seconds": 1.0})
+            writer.save(step, tensors, {"seconds": 1.0})
             for _ in range(3):  # training goes on
                 dist.all_reduce(torch.ones(3))
                 with torch.no_grad():
@@ -254,17 +255,17 @@ def _save_sharded(rank, world, folder):
         draws = torch.randn(4, generator=following).numpy()
     failure = None
     try:  # one process alone cannot write
-        with checkpoint.Saver(folder / "failing", 2, True, processes) as saver:
+        with Saver(folder / "failing", 2, True, processes) as writer:
             if rank == 1:
                 storage.Writer.write_data = lambda *a, **k: (_ for _ in ()).throw(
                     OSError(28, "No space left on device")
                 )
-            saver.save(1, tensors, {})
+            writer.save(1, tensors, {})
     except TrainingError as error:
         failure = str(error)
     try:
-        checkpoint.SHARED_WITHIN = 0.2
-        checkpoint.Saver(folder / f"disk-of-{rank}", 2, True, processes)
+        saver.SHARED_WITHIN = 0.2
+        Saver(folder / f"disk-of-{rank}", 2, True, processes)
         apart = None
     except UsageError as error:
         apart = str(error)

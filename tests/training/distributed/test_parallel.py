@@ -31,9 +31,10 @@ from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import trainer
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.distributed import parallel
 from falcon_fast.training.distributed.processes import Processes, StopAgreement, everywhere, join, lost_peers, speaks
-from falcon_fast.training.run import Run, _build, prepare, restore
+from falcon_fast.training.run import Run, _build, prepare
 from falcon_fast.training.step import training_step
 
 from ...processes import exact_run, in_processes
@@ -241,7 +242,7 @@ def test_sharded_blocks_compute_in_bfloat16_or_compiled(two):
         assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
         assert found["compiled"] == pytest.approx(found["float32"], rel=1e-4)
         assert found["graphs"] == (4, {})  # three blocks and the projector
-        assert "leave one of them out" in found["refused"]
+        assert "drop one of them" in found["refused"]
 
 
 def test_one_process_alone_writes(folder, two):

@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import stepper, trainer
+from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.records import logs
-from falcon_fast.training.run import Run, prepare, restore
+from falcon_fast.training.run import Run, prepare
 
 TINY = {
     "model.width": 4,
