@@ -1,4 +1,4 @@
-"""`falcon-fast`: each command a thin call into the package. What the user got wrong is one line and exit code 2."""
+"""The entry point of `falcon-fast`: its commands, and its exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from falcon_fast.errors import RunStopped, TrainingError, UsageError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="falcon_fast")
 def cli() -> None:
-    """Self-supervised learning that does not collapse: images without labels in, a backbone out, and the figures."""
+    """Self-supervised learning that does not collapse: images without labels in, a trained backbone and its evaluation out."""
 
 
 for command in (train, evaluate, plan, profile, data, info):
@@ -37,7 +37,7 @@ def main() -> None:
     try:
         cli()
     except (UsageError, TrainingError, OSError, RunStopped) as error:
-        from falcon_fast.training.distributed.processes import leave, speaks
+        from falcon_fast.training.distributed.stopping import leave, speaks
 
         if isinstance(error, RunStopped):
             code = 130

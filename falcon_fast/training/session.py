@@ -19,8 +19,8 @@ from falcon_fast.models.network import FalconNetwork
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.saver import Saver
 from falcon_fast.training.compiled import compiler_failures
-from falcon_fast.training.distributed.processes import StopAgreement, lost_peers
 from falcon_fast.training.distributed.signals import stop_requests
+from falcon_fast.training.distributed.stopping import StopAgreement, lost_peers
 from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of, share_bad
 from falcon_fast.training.memory import out_of_memory
 from falcon_fast.training.records.console import TrainingDisplay

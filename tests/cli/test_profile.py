@@ -68,7 +68,7 @@ def test_a_table_for_people_and_a_trace_for_browsers(falcon_fast, tmp_path):
 def test_a_prediction_needs_neither_gpu_nor_data(falcon_fast, tmp_path):
     code, out, err = falcon_fast("profile", "--recipe", "cifar10", "--amp", "--predict", "a100")
     assert code == 0, err
-    assert "predicted on A100" in out and "images/s" in out and "limited by" in out and "of 80 GB" in out
+    assert "predicted for A100" in out and "images/s" in out and "limited by" in out and "of 80 GB" in out
     code, out, _ = falcon_fast("profile", "--predict", "h200", "--gpus", 2, "--json")
     found = json.loads(out)
     assert code == 0 and found["gpus"] == 2 and sum(found["phases"].values()) == pytest.approx(found["step_seconds"])
@@ -79,7 +79,7 @@ def test_a_prediction_needs_neither_gpu_nor_data(falcon_fast, tmp_path):
     ("arguments", "said"),
     [
         (["--predict", "a10"], "did you mean 'a100'"),
-        (["--gpus", "2"], "--gpus goes with --predict"),
+        (["--gpus", "2"], "--gpus needs --predict"),
         (["--predict", "a100", "--gpus", "0"], "--gpus must be at least 1"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--predict", "a100", "--trace", "x.json"], "leave out --predict"),

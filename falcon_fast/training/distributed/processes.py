@@ -1,21 +1,12 @@
-"""One run in several processes: how they meet, what they tell each other, and how they stop together.
+"""One run in several processes: how they meet, and what they tell each other.
 
 torchrun starts the processes, one for each device; they talk over nccl between GPUs and over gloo between CPUs. The global batch
 (`training.batch_size`) is split by position: process r of W takes the r-th part of it.
-
-Signals. torchrun starts its processes in sessions of their own, so that Ctrl-C reaches only torchrun. On SIGINT, SIGTERM, SIGHUP
-or SIGQUIT, torchrun sends the same signal to the process group of every process, and SIGKILL to those that are still alive 30 s
-later; it then exits with code 1. It ignores SIGUSR1 unless --signals-to-handle names it: then it passes SIGUSR1 on like the
-others. Each process notes SIGINT, SIGTERM or SIGUSR1, and all processes agree on the step after which they save and stop
-(`StopAgreement`). When a process dies, torchrun sends SIGTERM to the others. They cannot finish the step, because its collectives
-fail or time out, and they end with the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +67,7 @@ class Processes:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Make an error of one process an error of all: every process raises the first one, and only process 0 prints it
-        (`speaks`).
+        (`stopping.speaks`).
 
         Raises:
             UsageError, TrainingError, SystemFault: the first process that failed inside raised such an error (an OSError becomes
@@ -138,38 +129,9 @@ def _message(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def everywhere(error: BaseException) -> bool:
-    """Whether every process of the run raises this same error."""
-    return isinstance(error, FinalError) and error.everywhere
-
-
-def leave(error: BaseException) -> None:
-    """Leave the process group before the process ends by an `error` that all processes raise.
-
-    After an error of this process alone nothing is done, because the others may not answer any more.
-
-    The frames of the error's traceback are cleared as well. If they kept the group until the interpreter ends, its gloo threads
-    would be destroyed while they run ("terminate called without an active exception"): exit code 134, in 5 of 36 processes.
-    """
-    if not everywhere(error) or not (dist.is_available() and dist.is_initialized()):
-        return
-    each: BaseException | None = error
-    while each is not None:
-        traceback.clear_frames(each.__traceback__)
-        each = each.__context__
-    dist.destroy_process_group()
-    gc.collect()
-
-
 def launched() -> bool:
     """Whether torchrun, or another launcher that sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def speaks(error: BaseException) -> bool:
-    """Whether this process prints `error`: process 0 prints the errors of all processes, and each process its own."""
-    main = not launched() or os.environ["RANK"] == "0"
-    return main or (dist.is_available() and dist.is_initialized() and not everywhere(error))
 
 
 def join(strategy: str, device: str, batch_size: int, timeout: int, command: str = "train") -> Processes:
@@ -231,7 +193,7 @@ def join(strategy: str, device: str, batch_size: int, timeout: int, command: str
         control = dist.new_group(backend="gloo", timeout=PREPARATION)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         raise UsageError(
-            f"process {rank} of {world_size} cannot reach the others: {_first_line(error)}; check MASTER_ADDR, MASTER_PORT and "
+            f"process {rank} of {world_size} cannot reach the others: {first_line(error)}; check MASTER_ADDR, MASTER_PORT and "
             "the network between the machines"
         ) from None
     world = dist.group.WORLD
@@ -254,57 +216,6 @@ def _store() -> dist.Store:
     return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class StopAgreement:
-    """Whether any process was asked to stop, with the same answer in all processes at the same step.
-
-    The question is sent at the end of one step and answered at the end of the next, so that no process waits for it. The hosts
-    talk over gloo, and the device's queue is left alone.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
-
-    def __call__(self, requested: bool) -> bool:
-        """Return whether all processes stop after this step. Every process calls it at the end of each step.
-
-        requested: whether this process was asked to stop.
-        """
-        if self._processes.control is None:
-            return requested
-        answer = self.finish()
-        flag = torch.tensor(int(requested), dtype=torch.int32)
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._processes.control, async_op=True)
-        assert work is not None
-        self._pending = (flag, work)
-        return answer
-
-    def finish(self) -> bool:
-        """Wait for the answer that is still on its way and return it; False if there is none."""
-        if self._pending is None:
-            return False
-        flag, work = self._pending
-        self._pending = None
-        work.wait(timedelta(seconds=self._processes.timeout))
-        return bool(flag)
-
-
-@contextmanager
-def lost_peers(processes: Processes, kept: Callable[[], str]) -> Iterator[None]:
-    """Turn the failure of a collective, because another process died or hangs, into a TrainingError.
-
-    kept: returns the end of the message, which says what is saved.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if processes.group is None or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
-            raise
-        raise TrainingError(
-            f"process {processes.rank} lost another process ({_first_line(error)[:200]}): training stopped; {kept()}"
-        ) from None

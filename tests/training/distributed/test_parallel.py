@@ -33,7 +33,8 @@ from falcon_fast.training import trainer
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.distributed import parallel
-from falcon_fast.training.distributed.processes import Processes, StopAgreement, everywhere, join, lost_peers, speaks
+from falcon_fast.training.distributed.processes import Processes, join
+from falcon_fast.training.distributed.stopping import StopAgreement, everywhere, lost_peers, speaks
 from falcon_fast.training.run import Run, _build, prepare
 from falcon_fast.training.step import training_step
 
