@@ -194,7 +194,7 @@ def recipe_names() -> list[str]:
 
 def recipe_description(name: str) -> str:
     """Return the one-line description of a recipe."""
-    return _recipe_tables(name)["description"]
+    return str(_recipe_tables(name)["description"])
 
 
 def _recipe_tables(name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from .commands import copied, falcon_fast, finished  # noqa: F401  # fixtures
+
 # Before anything imports triton: without a GPU its kernels run on CPU tensors, in Python.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -118,7 +118,8 @@ class GraphedStep:
 
     def __call__(self, inputs: Any, lr_scale: float) -> StepMetrics:
         self._lr_scale.fill_(lr_scale)
-        return self._step(inputs)
+        metrics: StepMetrics = self._step(inputs)
+        return metrics
 
 
 def capture(function: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:

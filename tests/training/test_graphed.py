@@ -1,4 +1,4 @@
-"""The step as a CUDA graph: its arithmetic here with a record that is only executed again, the graph itself on a GPU."""
+"""The step as a CUDA graph. Without a GPU a replay calls the function again, which tests all of it but the graph."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def batches(count: int, device=CPU):
 
 
 def as_eager(mine: Learner, theirs: Learner, device, count: int) -> None:
-    """Steps of `mine` as graphs against steps of `theirs`, one call a kernel."""
+    """Compare graphed steps of `mine` with ordinary steps of `theirs`."""
     step = GraphedStep(mine, lambda batch: (batch["views"] * 2, batch["labels"]), device)
     for batch in batches(count, device):
         scale = 1.0 / (1 + batch["step"])
@@ -77,7 +77,7 @@ def as_eager(mine: Learner, theirs: Learner, device, count: int) -> None:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Captures are lists of what was recorded; a replay calls it again."""
+    """The captured functions; to replay one is to call it again."""
     found = []
 
     def capture(function, stream):

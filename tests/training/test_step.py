@@ -14,7 +14,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
 from falcon_fast.config import OptimizerConfig
-from falcon_fast.errors import UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import FalconNetwork, ResNet8
 from falcon_fast.training.distributed.processes import Processes
@@ -166,7 +165,7 @@ def plain(tensors) -> list:
 
 
 def accumulated(strategy: str, processes: Processes, number: int = 4) -> dict:
-    """Gradients of a step of some micro-batches, and the collectives that it took."""
+    """The gradients of a step of `number` micro-batches, and how often each collective was called."""
     run = exact(strategy, processes, training__accumulate=number)
     with CommDebugMode() as collectives:
         metrics = gradient(run.learner, *batch(processes))
@@ -197,7 +196,7 @@ def several_steps(strategy: str, processes: Processes, name: str) -> dict:
 
 
 def overflowing(strategy: str, processes: Processes) -> tuple[bool, float, bool]:
-    """A gradient that overflows in the last process alone: whether anything moved, the scale after it, the loss is finite."""
+    """Whether weights moved, the scale, and whether the loss is finite, after a gradient overflowed in the last process only."""
     run = exact(strategy, processes)
     learner = dataclasses.replace(run.learner, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     if processes.rank == processes.world_size - 1:
@@ -258,7 +257,7 @@ def test_micro_batches_have_the_mean_of_their_gradients():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_accumulate_like_one_with_one_reduction(two, strategy):
-    """A micro-batch of both processes is made of other images than one of a single process: the same ones are put together."""
+    """The images of one process are reordered, so that its micro-batches have the images that two processes have together."""
     run = exact("single", Processes(), training__accumulate=4)
     views, labels = batch(Processes())
     # Process r has images 8 r to 8 r + 7, and takes them by twos.
@@ -301,17 +300,3 @@ def test_two_processes_clip_step_and_average_like_one(two, strategy, name):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_processes_skip_a_step_that_overflowed_in_one(two, strategy):
     assert [found[f"overflow-{strategy}"] for found in two] == [(False, 4.0, True)] * 2
-
-
-@pytest.mark.parametrize(("batch_size", "accumulate", "multiple"), [(16, 3, 3), (18, 4, 4)])
-def test_a_batch_that_does_not_divide_is_one_line(batch_size, accumulate, multiple):
-    with pytest.raises(UsageError, match=f"make it a multiple of {multiple}$"):
-        exact("single", Processes(), training__batch_size=batch_size, training__accumulate=accumulate)
-
-
-def test_accumulation_says_what_it_changes():
-    (line,) = [n for n in exact("single", Processes(), training__accumulate=4).notes if "micro-batch" in n]
-    assert "micro-batch of 4 images, not over all 16" in line
-    assert not any("micro-batch" in n for n in exact("single", Processes()).notes)
-    with pytest.raises(UsageError, match="--batch-size 8"):  # one image a micro-batch
-        exact("single", Processes(), training__batch_size=4, training__accumulate=4)

@@ -76,7 +76,7 @@ def latest(run: Path) -> Path:
 def read_facts(path: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint's run.json. Raises UsageError if it is damaged or has a newer format."""
     try:
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
         number = int(facts["format"])
         if number <= FORMAT:
             int(facts["step"]), float(facts["seconds"])  # a resumed run needs both

@@ -1,6 +1,6 @@
 """How a checkpoint is written: by all processes, in the background while training continues, and completely or not at all.
 
-Every process writes its share into one directory with a temporary name, beside the final one: its own shards, and a part of the
+Every process writes its share into one directory with a temporary name, next to the final one: its own shards, and a part of the
 tensors that all processes hold alike (replicated tensors are divided among the processes). Process 0 renames the directory when
 all shares are written. So a directory with a final name is a complete checkpoint, whenever a process dies.
 """

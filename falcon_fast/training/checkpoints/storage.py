@@ -33,11 +33,8 @@ class MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return getattr(torch.serialization, name)
-        if module.partition(".")[0] == "pathlib" and name in (
-            "PosixPath",
-            "WindowsPath",
-        ):  # the path where it was written
-            return PurePath
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where the checkpoint was written
         if (module, name) == ("builtins", "getattr"):  # so do Python 3.11.0 to 3.11.3 pickle members of enumerations
             return _member
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
@@ -58,7 +55,7 @@ class Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            found = MetadataUnpickler(file).load()
+            found: dcp_metadata.Metadata = MetadataUnpickler(file).load()
         for key, entry in found.state_dict_metadata.items():
             if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
                 raise UsageError(f"checkpoint {self.path}: entry {key!r} is not a tensor; refusing to unpickle it")
