@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from falcon_fast.cli import main as cli
 from falcon_fast.errors import RunStopped, SystemFault, TrainingError, UsageError
@@ -47,3 +48,10 @@ def test_the_version_is_the_packages(falcon_fast):
 
     code, out, _ = falcon_fast("--version")
     assert code == 0 and out.rstrip().endswith(__version__)
+
+
+def test_info_runs_here(falcon_fast):
+    code, out, _ = falcon_fast("info")
+    assert code == 0
+    for piece in (torch.__version__.partition("+")[0], "reference", "C++ kernels", "cifar10-resnet8"):
+        assert piece in out
