@@ -31,7 +31,8 @@ def out_of_memory(run: Run, kept: Callable[[], str] | None = None) -> Iterator[N
     except (RuntimeError, MemoryError) as error:  # numpy and Python raise MemoryError
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)):
             raise
-        line = f"{_where(run.device)} does not have enough memory for {_batch(run)}: use {'; or '.join(_remedies(run))}"
+        remedies = "; or ".join(_remedies(run)) or "a smaller network"
+        line = f"{_where(run.device)} does not have enough memory for {_batch(run)}: use {remedies}"
         raise TrainingError(line + (f" ({kept()})" if kept else "")) from None
 
 
