@@ -66,19 +66,20 @@ class Session:
         self._started, self._seconds_before = time.monotonic(), seconds_before
         self._agreed = StopAgreement(run.processes)
         self._display = TrainingDisplay(console, self.schedule.total_steps, start_step)
-        self._open = ExitStack()
 
     def __enter__(self) -> Session:
-        enter = self._open.enter_context
-        enter(compiler_failures())
-        enter(out_of_memory(self._run, self._kept))
-        enter(self._run.precision.switches())
-        enter(lost_peers(self._processes, self._kept))
-        enter(closing(self._inputs))
-        enter(self._saver)
-        enter(self._log)
-        self._stop_requested = enter(stop_requests(STOPPING if self._processes.main else ""))
-        enter(self._display)
+        with ExitStack() as opening:  # closes what is open already if something cannot be opened
+            enter = opening.enter_context
+            enter(compiler_failures())
+            enter(out_of_memory(self._run, self._kept))
+            enter(self._run.precision.switches())
+            enter(lost_peers(self._processes, self._kept))
+            enter(closing(self._inputs))
+            enter(self._saver)
+            enter(self._log)
+            self._stop_requested = enter(stop_requests(STOPPING if self._processes.main else ""))
+            enter(self._display)
+            self._open = opening.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from falcon_fast.errors import TrainingError
 from falcon_fast.runs.results import load_trained
 from falcon_fast.training import session, stepper, trainer
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.distributed import signals
 
 from .tiny import QUIET, start
 
@@ -60,3 +62,14 @@ def test_switches_of_precision_are_the_runs_alone(tmp_path, monkeypatch):
     run = start(tmp_path / "run", training__epochs=1, training__precision="float32")
     trainer.train(run, tmp_path / "run", QUIET)
     assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 == before
+
+
+def test_what_is_open_is_closed_if_the_rest_cannot_be_opened(tmp_path, monkeypatch):
+    def failing(self):
+        raise OSError(5, "Input/output error")
+
+    run, before = start(tmp_path / "run"), [signal.getsignal(number) for number in signals.REQUESTS]
+    monkeypatch.setattr(session.TrainingDisplay, "__enter__", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        trainer.train(run, tmp_path / "run", QUIET)
+    assert [signal.getsignal(number) for number in signals.REQUESTS] == before
