@@ -18,6 +18,7 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_codes, build_network
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.saver import Saver
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 
@@ -50,7 +51,7 @@ def test_save(table, tmp_path, case, asynchronous) -> None:
     waits: list[float] = []
     written: list[float] = []
     few = 10 if more == 0 else 40
-    with checkpoint.Saver(tmp_path, 1, asynchronous) as saver:
+    with Saver(tmp_path, 1, asynchronous) as saver:
         for number in range(ROUNDS + 1):
             steps = [step() for _ in range(few)]
             start = time.perf_counter()

@@ -16,7 +16,7 @@ from falcon_fast.config import Config, load_recipe, override, validate
 from falcon_fast.hardware.host_memory import keep_host_memory
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_codes, build_criterion, build_network
-from falcon_fast.training.compiled import compiled_objective
+from falcon_fast.training.compiled import compiled_forward_and_loss
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, training_step
 
@@ -46,7 +46,7 @@ def steps(config: Config, size: int):
         learner = Learner(own, criterion, own_probe, optimizer, compiled=compiled)
         return lambda: training_step(learner, views, labels, 1.0).loss.item()
 
-    return {"eager": stepper(None), "compiled": stepper(compiled_objective())}
+    return {"eager": stepper(None), "compiled": stepper(compiled_forward_and_loss())}
 
 
 @pytest.mark.parametrize("case", CASES)

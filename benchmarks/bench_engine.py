@@ -55,7 +55,7 @@ def started(recipe: str, changes: dict[str, object], source: Source, steps: int)
     config = load_recipe(recipe)
     per_epoch = len(source.train.images) // int(changes.get("training.batch_size", config.training.batch_size))
     settings = {
-        "training.amp": True,
+        "training.precision": "bf16",
         "training.epochs": max(1, steps // per_epoch),
         "log.every_steps": WINDOW,
         "log.evaluate_epochs": 0,

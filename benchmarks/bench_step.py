@@ -29,7 +29,7 @@ from .conftest import interleaved
 
 def stepper(config: Config, size: int, implementation: str = "auto"):
     """Return a function that takes a step of a new network on views of noise."""
-    precision, _ = choose_precision(TrainingConfig(amp=True), torch.device("cpu"))
+    precision, _ = choose_precision(TrainingConfig(precision="bf16"), torch.device("cpu"))
     torch.manual_seed(0)
     views = torch.randn(2 * config.training.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (config.training.batch_size,))

@@ -1,7 +1,8 @@
-"""One tree of frozen dataclasses: a recipe, overridden, validated, saved with the run.
+"""The configuration of a run: one tree of frozen dataclasses, read from a recipe, overridden, validated, and saved with the run.
 
-A recipe is a TOML file of the package (`falcon_fast/recipes/`) that names what differs from the defaults below. Every value can
-be overridden by `section.key`; the resolved tree is written to the run directory as `config.toml`, which loads again.
+A recipe is a TOML file of the package (`falcon_fast/recipes/`) with the settings that differ from the defaults below. Every
+setting can be overridden by its name `section.key`. The resolved tree is written to the run directory as `config.toml`, which
+can be read again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ PHOTOMETRIC = ("auto", "eager", "cpu", "compiled", "triton")
 SOURCES = ("digits", "cifar10", "cifar100", "svhn", "imagenet100", "folder")
 DICTIONARIES = ("rademacher", "hadamard")
 OPTIMIZERS = ("adam", "adamw", "sgd", "lars")
+# auto: float32, with torch's own switches for TF32 left as they are (convolutions on a GPU are TF32, matrix products are not);
+# float32: no TF32 anywhere; tf32: TF32 for convolutions and matrix products (NVIDIA GPUs, Ampere or newer);
+# bf16: bfloat16 autocast; fp16: float16 autocast with scaled gradients.
 PRECISIONS = ("auto", "float32", "tf32", "bf16", "fp16")
 IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
@@ -38,44 +42,51 @@ STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "folder"  # which reader: one of SOURCES
-    path: str = ""  # where the images are; digits need none
-    size: int = 0  # side of a view in pixels; 0: what the source says (folders: 224, or less if the images are smaller)
+    source: str = "folder"  # what reads the images: one of SOURCES
+    path: str = ""  # where the images are; digits needs none
+    size: int = (
+        0  # side of a view in pixels; 0: the size of the source (folder: 224, or less if the images are smaller)
+    )
     augmentation: str = "imagenet-asymmetric"
-    loader: str = "auto"  # auto: resident for what fits, DALI for image files, else workers
-    resident_mib: int = 2048  # up to this, decoded, a data set may lie on the device
-    workers: int = (
-        -1
-    )  # processes that decode and crop; -1: none for affine maps (digits), else all cores but one, up to 16
-    photometric: str = "auto"  # jitter to normalise: eager, cpu (C++), compiled, triton; auto: cpu, on a GPU compiled
-    max_bad_fraction: float = 0.01  # of the training images that may be unreadable; one always may, unless this is 0
+    loader: str = "auto"  # auto: resident if the images fit, else DALI for image files, else workers
+    resident_mib: int = 2048  # largest decoded data set, in MiB, that may be kept on the device
+    # Processes that decode and crop; -1: none for affine augmentations (digits), else one for each core but one, at most 16.
+    workers: int = -1
+    # Implementation of the colours, from jitter to normalisation: eager, cpu (C++), compiled or triton; auto: cpu on a CPU,
+    # compiled on a GPU.
+    photometric: str = "auto"
+    max_bad_fraction: float = (
+        0.01  # share of the training images that may be unreadable; one always may, unless this is 0
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet18"  # resnet8, or any name that timm knows
-    width: int = 32  # channels of the first stage of resnet8; the features are four times as many
-    stem: str = "auto"  # of a ResNet: auto is cifar up to 64 px; cifar-padded is the published conv1 with padding 2
+    width: int = 32  # channels in the first stage of resnet8, which has four times as many features
+    # Stem of a ResNet; auto: cifar up to 64 px, else imagenet; cifar-padded: conv1 with padding 2, as published.
+    stem: str = "auto"
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    codes: str = "rademacher"
+    codes: str = "rademacher"  # the dictionary: one of DICTIONARIES
     num_codes: int = 16384  # c
     embedding_dim: int = 2048  # f
-    activation: str = "tanh"
-    temperature_batch: int = 64  # the n of the temperature, whatever the batch is
-    epsilon: float = 1e-8
-    beta: float = 1.0
-    prior: str = "reverse"
-    prior_scope: str = (
-        "global"  # the mean assignment is over all processes, or local: each one's own share, as published
-    )
-    implementation: str = "auto"
-    plan: str = "auto"  # of the N x c logits: stored, streaming, or what fits the budget and is faster
-    memory_budget: int = (
-        0  # MiB that the loss may hold beyond its inputs and the dictionary; 0: what `auto` takes by itself
-    )
+    activation: str = "tanh"  # of the embeddings: tanh or l2
+    # Batch size in the temperature formula, whatever the batch is; a smaller value gives a softer softmax.
+    temperature_batch: int = 64
+    epsilon: float = 1e-8  # probability of each other code in an optimal assignment (temperature formula)
+    beta: float = 1.0  # weight of the invariance term
+    prior: str = "reverse"  # direction of the prior's KL divergence: reverse or forward
+    # The mean assignment of the prior is computed over all processes (global), or over each process's own share (local, as
+    # published).
+    prior_scope: str = "global"
+    implementation: str = "auto"  # of the loss: one of IMPLEMENTATIONS
+    # What is done with the N x c logits: stored, streaming (computed again), or auto: the faster plan that fits the budget.
+    plan: str = "auto"
+    # MiB that the loss may hold in addition to its inputs and the dictionary; 0: the default budget of `plan = "auto"`.
+    memory_budget: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,17 +94,17 @@ class OptimizerConfig:
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 1e-4
-    momentum: float = 0.9  # of sgd and lars
+    momentum: float = 0.9  # for sgd and lars
     warmup_epochs: float = 0.0
-    warmup_lr: float = 3e-5  # where the warm-up starts
-    exclude_bias_and_norm: bool = False  # from weight decay; lars always excludes them, from its scaling too
-    clip_norm: float = 0.0  # the largest norm of the network's gradient; 0: whatever it is
-    ema_decay: float = 0.0  # of an average of the weights, which is then what is evaluated and kept; 0: none
+    warmup_lr: float = 3e-5  # learning rate at the start of the warm-up
+    exclude_bias_and_norm: bool = False  # from weight decay; lars always excludes them, also from its scaling
+    clip_norm: float = 0.0  # largest norm of the network's gradient; 0: no clipping
+    ema_decay: float = 0.0  # decay of an average of the weights, which is then evaluated and kept; 0: no average
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The online linear probe: trained beside the network on detached features, for the curves only."""
+    """The online linear probe: trained at the same time as the network on detached features, only for the curves."""
 
     lr: float = 1e-2
 
@@ -101,41 +112,44 @@ class ProbeConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     epochs: int = 100
-    batch_size: int = 256  # images a step, over all processes; each gives two views
-    accumulate: int = 1  # micro-batches of a step, one after the other; the prior and BatchNorm see one at a time
-    amp: bool = False  # bf16
-    precision: str = "auto"  # one of PRECISIONS; auto: bf16 with amp, else float32 with torch's own switches for TF32
-    compile: bool = False  # network, loss and probe as one graph, by torch.compile
-    cuda_graph: bool = False  # the whole step as one launch, on one GPU
+    batch_size: int = 256  # images in a step, over all processes; each gives two views
+    accumulate: int = 1  # micro-batches in a step, one after the other; the prior and BatchNorm see one at a time
+    precision: str = "auto"  # one of PRECISIONS, where their meanings are listed
+    compile: bool = False  # compile network, loss and probe as one graph with torch.compile
+    cuda_graph: bool = False  # launch the whole step as one CUDA graph, on one GPU
     seed: int = 0
-    device: str = "auto"
-    strategy: str = "auto"  # ddp or fsdp; auto is ddp where torchrun started several processes, else single
-    sync_batchnorm: bool = (
-        True  # statistics over all processes; else each one's own share, and one all-reduce a layer less
-    )
-    timeout: int = 600  # seconds that a process waits for another one in a step before it gives up
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto: the GPU if there is one
+    strategy: str = "auto"  # single, ddp or fsdp; auto: ddp where torchrun started several processes, else single
+    # BatchNorm's statistics are computed over all processes; if false, over each process's own share, which saves one all-reduce
+    # for each layer.
+    sync_batchnorm: bool = True
+    timeout: int = 600  # seconds that a process waits in a step for another process before it gives up
 
 
 @dataclass(frozen=True)
 class FsdpConfig:
-    """What `training.strategy = "fsdp"` does; the other strategies do not look here."""
+    """Settings of `training.strategy = "fsdp"`; other strategies ignore them."""
 
-    reshard_after_forward: bool = False  # free the gathered parameters between forward and backward: memory for time
-    param_dtype: str = "float32"  # that the blocks compute with; their shards, moments and reductions are float32
+    reshard_after_forward: bool = (
+        False  # free the gathered parameters between forward and backward: less memory, more time
+    )
+    param_dtype: str = "float32"  # dtype that the blocks compute in; their shards, moments and reductions are float32
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    every_steps: int = 10  # a row of metrics.csv
-    tensorboard: bool = True  # the same rows as events in RUN/tensorboard
-    evaluate_epochs: int = 1  # a row with the online probe and the clustering of the test split; 0: at the end only
+    every_steps: int = 10  # steps from one row of metrics.csv to the next
+    tensorboard: bool = True  # also write the rows as events to RUN/tensorboard
+    evaluate_epochs: int = (
+        1  # epochs from one test of the online probe and the clustering to the next; 0: at the end only
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 0  # 0: at the end of each epoch
-    keep: int = 2  # how many of the newest stay
-    asynchronous: bool = True  # written beside the next steps, from a copy in the host's memory
+    every_steps: int = 0  # steps from one checkpoint to the next; 0: one at the end of each epoch
+    keep: int = 2  # how many of the newest checkpoints stay
+    asynchronous: bool = True  # write in the background while training continues, from a copy in the host's memory
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,7 @@ class Config:
 
     @property
     def tau(self) -> float:
-        """The run's temperature, for training and evaluation alike."""
+        """The run's temperature, the same in training and evaluation."""
         loss = self.loss
         return temperature(loss.embedding_dim, loss.num_codes, loss.temperature_batch, loss.epsilon)
 
@@ -162,7 +176,7 @@ SECTIONS: dict[str, type[Any]] = {name: kind for name, kind in get_type_hints(Co
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A phrase that helps someone who mistyped: the nearest valid name, or all of them when none is near and they are few."""
+    """Return a hint for a mistyped name: the nearest valid name, or all valid names if none is near and they are few."""
     valid = sorted(valid)
     few = len(valid) <= 12
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5 if few else 0.0)
@@ -170,6 +184,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package, sorted."""
     return sorted(
         p.name.removesuffix(".toml")
         for p in resources.files("falcon_fast.recipes").iterdir()
@@ -178,7 +193,8 @@ def recipe_names() -> list[str]:
 
 
 def recipe_description(name: str) -> str:
-    return _recipe_tables(name)["description"]
+    """Return the one-line description of a recipe."""
+    return str(_recipe_tables(name)["description"])
 
 
 def _recipe_tables(name: str) -> dict[str, Any]:
@@ -188,21 +204,39 @@ def _recipe_tables(name: str) -> dict[str, Any]:
 
 
 def load_recipe(name: str) -> Config:
-    """The configuration of a recipe that ships. Raises UsageError with the nearest name for an unknown one."""
+    """Return the configuration of a recipe of the package. Raises UsageError, with the nearest name, if it is unknown."""
     tables = _recipe_tables(name)
     tables.pop("description")
     return _from_tables({"recipe": name, **tables}, where=f"recipe {name}")
 
 
 def load_config(path: Path) -> Config:
-    """The configuration of a run, as `dump_config` wrote it. Raises UsageError when it is missing or not valid."""
+    """Read the configuration of a run, as `dump_config` wrote it.
+
+    Raises:
+        UsageError: the file is missing or not valid.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    return validate(_from_tables(tables, where=str(path)))
+    return validate(_from_tables(_translated(tables), where=str(path)))
+
+
+def _translated(tables: dict[str, Any]) -> dict[str, Any]:
+    """Replace `training.amp`, which config.toml of older runs holds, by the `training.precision` that it meant."""
+    training = tables.get("training")
+    if not isinstance(training, dict) or "amp" not in training:
+        return tables
+    training = dict(training)
+    amp, precision = _checked("training.amp", training.pop("amp"), bool), training.get("precision", "auto")
+    if amp and precision not in ("auto", "bf16"):
+        raise UsageError(f"training.amp = true and training.precision = {precision!r} conflict: remove training.amp")
+    if amp:
+        training["precision"] = "bf16"
+    return {**tables, "training": training}
 
 
 def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
@@ -225,15 +259,15 @@ def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
 
 
 def _checked(key: str, value: Any, kind: type) -> Any:
-    """`value` as a `kind`, or UsageError: an int passes for a float, nothing else for anything else."""
-    if type(value) is int and not -(2**63) <= value < 2**63:  # TOML's integers end there, and so do torch's seeds
+    """Return `value` as a `kind`. Raises UsageError if it has another type; only an int is accepted as a float."""
+    if type(value) is int and not -(2**63) <= value < 2**63:  # the limits of TOML's integers and of torch's seeds
         raise UsageError(f"{key} must fit into 64 bits")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        # A file name that is no UTF-8 arrives with surrogates, which no TOML file can hold.
+        # A file name that is not UTF-8 arrives with surrogates, which a TOML file cannot hold.
         raise UsageError(f"{key} must be UTF-8 text, not {value!r}: rename the folder or link to it")
     return value
 
@@ -242,7 +276,13 @@ _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 
 
 def override(config: Config, assignments: Mapping[str, Any]) -> Config:
-    """`config` with `section.key` set to values of the field's own type; UsageError for what is unknown or does not fit."""
+    """Return `config` with other values for some settings.
+
+    assignments: `section.key` to a value of the setting's own type.
+
+    Raises:
+        UsageError: a setting is unknown, or its value has another type.
+    """
     for name, value in assignments.items():
         section, _, key = name.partition(".")
         if section not in SECTIONS:
@@ -256,7 +296,11 @@ def override(config: Config, assignments: Mapping[str, Any]) -> Config:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`section.key=value` as typed on a command line; the value is read as the field's type."""
+    """Return name and value of `section.key=value`, as typed on a command line. The value is read as the setting's type.
+
+    Raises:
+        UsageError: there is no `=`, the setting is unknown, or the value has another type.
+    """
     name, equals, raw = text.partition("=")
     name, raw = name.strip(), raw.strip()
     if not equals:
@@ -278,7 +322,11 @@ def _all_keys() -> list[str]:
 
 
 def validate(config: Config) -> Config:
-    """Check every range that needs no data and no device; returns `config`. Raises UsageError with the first that is wrong."""
+    """Return `config` after checking every value that can be checked without the data and the device.
+
+    Raises:
+        UsageError: names the first setting that is wrong.
+    """
     data, model, loss, optimizer = config.data, config.model, config.loss, config.optimizer
     training, log, checkpoint = config.training, config.log, config.checkpoint
     for key, value, valid in (
@@ -326,20 +374,19 @@ def validate(config: Config) -> Config:
     ):
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
-    if not optimizer.lr > 0:  # the schedule is a multiple of it
+    if not optimizer.lr > 0:  # the schedule multiplies it
         raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:
         raise UsageError(f"optimizer.momentum must be in [0, 1), not {optimizer.momentum}")
     if not 0 <= optimizer.ema_decay < 1:
         raise UsageError(f"optimizer.ema_decay must be in [0, 1), not {optimizer.ema_decay}")
-    if training.amp and training.precision not in ("auto", "bf16"):
-        raise UsageError(f"--amp is bf16, --precision says {training.precision}: leave one of them out")
     if training.precision == "fp16" and training.strategy == "fsdp" and config.fsdp.param_dtype == "bfloat16":
-        raise UsageError("fsdp.param_dtype=bfloat16 is for --precision bf16: with fp16 leave it float32")
+        raise UsageError("--precision fp16 and fsdp.param_dtype=bfloat16 conflict: set fsdp.param_dtype=float32")
     f, c = loss.embedding_dim, loss.num_codes
     if loss.codes == "hadamard" and (f < 1 or f & (f - 1) or c % f):
         raise UsageError(
-            f"Hadamard codes need an embedding dimension that is a power of two and divides the number of codes, not {f} and {c}"
+            f"Hadamard codes need an embedding dimension that is a power of two and divides the number of codes, not {f} and "
+            f"{c}: change --embedding-dim or --num-codes, or use --codes rademacher"
         )
     try:
         temperature(f, c, loss.temperature_batch, loss.epsilon)
@@ -349,12 +396,12 @@ def validate(config: Config) -> Config:
 
 
 def _toml(value: str | int | float | bool) -> str:
-    """JSON's integers, booleans and finite floats are TOML's too, and so are its strings but for one: a bare DEL."""
+    """Return a value as TOML: JSON's integers, booleans and finite floats are valid TOML, and so are strings without a DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def dump_config(config: Config) -> str:
-    """The whole tree as TOML text."""
+    """Return the whole configuration as TOML text, which `load_config` reads."""
     lines = [f"recipe = {_toml(config.recipe)}"]
     for section in SECTIONS:
         lines += ["", f"[{section}]"]

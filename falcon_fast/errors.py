@@ -1,14 +1,42 @@
-"""Errors that are the user's to mend: one clear line, no traceback."""
+"""Errors that end a command with one clear line and no traceback, and `RunStopped`, which ends it without an error."""
 
 from __future__ import annotations
 
 
-class UsageError(ValueError):
-    """Something asked for cannot be done as asked. The message is one line that says what to do.
+class FinalError(Exception):
+    """Base class of the exceptions that end a command.
 
-    The command line prints it and exits with code 2; a library user catches it as a ValueError.
+    Attributes:
+        everywhere: True where every process of the run raises this same exception. Then no process has to wait for another: each
+            one may leave the process group, and process 0 alone prints the message. False where only this process knows of it:
+            it prints the message itself, and the other processes may not answer any more.
+    """
+
+    def __init__(self, message: str = "", *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+class UsageError(FinalError, ValueError):
+    """A request cannot be fulfilled. The message is one line that says what is wrong and what to do.
+
+    The command line prints it and exits with code 2; a user of the library catches it as a ValueError.
     """
 
 
-class TrainingError(RuntimeError):
-    """Training had to stop (a non-finite loss, say). The message names the step and what is kept."""
+class TrainingError(FinalError, RuntimeError):
+    """Training had to stop, for example because the loss is not finite. The message names the step and what is kept.
+
+    The command line prints it and exits with code 1; a user of the library catches it as a RuntimeError.
+    """
+
+
+class SystemFault(FinalError, OSError):
+    """An OSError (a full disk, a missing file) of one process, raised in all processes with that process's message.
+
+    The command line prints it and exits with code 1; a user of the library catches it as an OSError.
+    """
+
+
+class RunStopped(FinalError):
+    """A signal asked the run to stop, and it has stopped. The command line exits with code 130, as after Ctrl-C."""

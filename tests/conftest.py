@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from .commands import copied, falcon_fast, finished  # noqa: F401  # fixtures
+
 # This must happen before anything imports triton: without a GPU its kernels then run on CPU tensors, in Python.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -54,7 +54,7 @@ def _member(
 
 
 def in_processes(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
-    """What `function(rank, world, *arguments)` returns in each of `world` processes; their traceback where one fails.
+    """Return what `function(rank, world, *arguments)` returns in each of `world` processes, or fail with a traceback of theirs.
 
     `function` is a module's, and what it takes and returns can be pickled (numpy rather than torch: tensors would share memory
     with processes that are gone).

@@ -106,8 +106,8 @@ def test_a_strange_path_survives_config_toml(path: str, tmp_path: Path) -> None:
 
 
 @given(st.text(), st.floats(min_value=0, allow_infinity=False), st.integers(0, 2**63 - 1), st.booleans())
-def test_any_value_survives_toml(path: str, beta: float, seed: int, amp: bool) -> None:
-    values = {"data.path": path, "loss.beta": beta, "training.seed": seed, "training.amp": amp}
+def test_any_value_survives_toml(path: str, beta: float, seed: int, compiled: bool) -> None:
+    values = {"data.path": path, "loss.beta": beta, "training.seed": seed, "training.compile": compiled}
     tables = tomllib.loads(dump_config(override(Config(), values)))
     for name, value in values.items():
         section, key = name.split(".")
@@ -138,6 +138,7 @@ def test_a_path_that_is_no_utf8_is_refused_where_it_is_given() -> None:
         ("[loss]\nbeta = true", ["loss.beta", "a number", "True"]),
         ("[loss]\nbeta = [1.0]", ["loss.beta", "a number"]),
         ("[training]\namp = 1", ["training.amp", "true or false", "1"]),
+        ("[training]\ncompile = 1", ["training.compile", "true or false", "1"]),
         ("[training]\nseed = 2026-01-01", ["training.seed", "an integer"]),
         ("[training]\nepochs = -1", ["training.epochs", "at least 0", "-1"]),
         ("[loss]\nbeta = nan", ["loss.beta", "nan"]),
@@ -176,10 +177,10 @@ def test_an_integer_passes_for_a_number_and_stays_one(tmp_path: Path) -> None:
         (" training.epochs = -3 ", "training.epochs", -3),
         ("loss.epsilon=1e-6", "loss.epsilon", 1e-6),
         ("loss.beta=2", "loss.beta", 2.0),
-        ("training.amp=true", "training.amp", True),
-        ("training.amp=False", "training.amp", False),
-        ("training.amp=0", "training.amp", False),
-        ("training.amp=1", "training.amp", True),
+        ("training.compile=true", "training.compile", True),
+        ("training.compile=False", "training.compile", False),
+        ("training.compile=0", "training.compile", False),
+        ("training.compile=1", "training.compile", True),
         ("model.name=resnet50", "model.name", "resnet50"),
         ("model.name=3", "model.name", "3"),
         ("data.path=/a=b.c/d e", "data.path", "/a=b.c/d e"),
@@ -200,7 +201,7 @@ def test_an_assignment_is_read_as_the_type_of_its_field(text: str, name: str, va
         ("training.epochs=3.5", ["training.epochs", "an integer", "'3.5'"]),
         ("training.epochs=", ["training.epochs", "an integer", "''"]),
         ("loss.beta=big", ["loss.beta", "a number", "'big'"]),
-        ("training.amp=maybe", ["training.amp", "true or false", "'maybe'"]),
+        ("training.compile=maybe", ["training.compile", "true or false", "'maybe'"]),
         ("training.epoch=3", ["'training.epoch'", "'training.epochs'"]),
         ("trainig.epochs=3", ["'trainig.epochs'", "'training.epochs'"]),
         ("epochs=3", ["'epochs'", "'training.epochs'"]),
@@ -226,7 +227,7 @@ def test_an_assignment_that_cannot_be_read(text: str, words: list[str]) -> None:
         ("loss.beta", "1", ["loss.beta", "a number", "'1'"]),
         ("loss.beta", True, ["loss.beta", "a number"]),
         ("training.epochs", 1.0, ["training.epochs", "an integer"]),
-        ("training.amp", 1, ["training.amp", "true or false"]),
+        ("training.compile", 1, ["training.compile", "true or false"]),
         ("data.path", Path("/x"), ["data.path", "a string"]),
         ("training.seed", None, ["training.seed", "an integer"]),
     ],
@@ -338,10 +339,6 @@ def test_a_choice_takes_its_names_and_no_other(name: str) -> None:
         ({"optimizer.lr": math.inf}, ["optimizer.lr"]),
         ({"optimizer.momentum": 1.0}, ["optimizer.momentum"]),
         ({"optimizer.ema_decay": 1.0}, ["optimizer.ema_decay", "[0, 1)"]),
-        *(
-            ({"training.amp": True, "training.precision": name}, ["--amp is bf16", name, "leave one"])
-            for name in ("float32", "tf32", "fp16")
-        ),
         (
             {"training.precision": "fp16", "training.strategy": "fsdp", "fsdp.param_dtype": "bfloat16"},
             ["fsdp.param_dtype", "float32"],
@@ -357,7 +354,7 @@ def test_values_at_the_edge_are_valid() -> None:
     validate(override(Config(), {"loss.num_codes": 2, "loss.embedding_dim": 1}))
     validate(override(Config(), {"loss.codes": "hadamard", "loss.embedding_dim": 1, "loss.num_codes": 2}))
     validate(override(Config(), {"loss.epsilon": 1 / 16385, "optimizer.lr": 1e-12, "optimizer.momentum": 0.999}))
-    validate(override(Config(), {"training.amp": True, "training.precision": "bf16", "optimizer.ema_decay": 0.9999}))
+    validate(override(Config(), {"training.precision": "bf16", "optimizer.ema_decay": 0.9999}))
 
 
 def test_a_config_of_before_there_were_precisions_means_the_same(tmp_path: Path) -> None:
@@ -365,3 +362,33 @@ def test_a_config_of_before_there_were_precisions_means_the_same(tmp_path: Path)
     lines = dump_config(load_recipe("digits")).splitlines()
     (tmp_path / "config.toml").write_text("\n".join(line for line in lines if not line.startswith(new)) + "\n")
     assert load_config(tmp_path / "config.toml") == load_recipe("digits")
+
+
+@pytest.mark.parametrize(
+    ("lines", "meant"),
+    [
+        ("amp = true", "bf16"),
+        ("amp = false", "auto"),
+        ('amp = true\nprecision = "auto"', "bf16"),
+        ('amp = true\nprecision = "bf16"', "bf16"),
+        ('amp = false\nprecision = "auto"', "auto"),
+        ('amp = false\nprecision = "tf32"', "tf32"),
+        ('amp = false\nprecision = "fp16"', "fp16"),
+    ],
+)
+def test_a_config_that_holds_amp_is_read_as_the_precision_that_it_meant(lines: str, meant: str, tmp_path: Path) -> None:
+    """config.toml as it was written while `training.amp` was a setting of its own."""
+    expected = override(load_recipe("digits"), {"training.precision": meant, "training.seed": 7})
+    old = dump_config(expected).replace(f'precision = "{meant}"', lines)
+    assert "amp" in old
+    assert load_text(tmp_path, old) == expected
+    assert "amp" not in dump_config(load_text(tmp_path, old))
+
+
+def test_a_config_that_contradicts_itself_is_one_line(tmp_path: Path) -> None:
+    message = one_line(load_text, tmp_path, '[training]\namp = true\nprecision = "fp16"')
+    assert "training.amp" in message and "'fp16'" in message and "conflict" in message
+
+
+def test_amp_is_no_setting_any_more() -> None:
+    assert "training.amp" in one_line(parse_assignment, "training.amp=true")

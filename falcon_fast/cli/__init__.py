@@ -1,1 +1,1 @@
-"""`falcon-fast`: a file a command, each a thin call into the package."""
+"""The command `falcon-fast`: one file for each of its commands, which parses, calls the package, and prints."""

@@ -1,4 +1,4 @@
-"""`falcon-fast data`: look after a folder of images, and see what training makes of it."""
+"""`falcon-fast data`: check and prepare a folder of images, and see the views that training makes of it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import click
 from falcon_fast.errors import UsageError
 
 
-@click.group()
+@click.group(short_help="Verify, pack and preview images.")
 def data() -> None:
     """Verify, pack and preview images."""
 
 
 def _folder(path: Path) -> tuple[Path, list[Path]]:
-    """A folder that a user named, and its image files."""
+    """Return the folder that the user named, as an absolute path, and its image files. Raises UsageError if there are none."""
     from falcon_fast.data.sources.folders import EXTENSIONS, image_paths
     from falcon_fast.data.sources.images import shown
 
@@ -40,7 +40,7 @@ def _print_bad(path: Path, reason: str) -> None:
 
 @contextmanager
 def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr, where that is a terminal: what is printed stays what was found."""
+    """Show a progress bar on stderr, if that is a terminal, so that stdout holds only the findings. Yields what advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -51,12 +51,13 @@ def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-@data.command()
+@data.command(short_help="Find the images that cannot be decoded.")
 @click.argument("path", type=click.Path(path_type=Path))
 def verify(path: Path) -> None:
-    """Decode every image below PATH and print those that cannot be, with the reason; exit code 1 if there are any.
+    """Decode every image below PATH, and print those that cannot be decoded, with the reason. Exit code 1 if there are any.
 
-    The result is kept (in ~/.cache/falcon_fast), and training uses it. Stopped and started again, it goes on where it was.
+    The result is kept in ~/.cache/falcon_fast, and training uses it. If the command is stopped, starting it again continues where
+    it was.
     """
     from falcon_fast.data.sources import manifest
 
@@ -66,15 +67,24 @@ def verify(path: Path) -> None:
     sys.exit(1 if bad else 0)
 
 
-@data.command()
+@data.command(short_help="Copy images as smaller JPEG files.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--short-side", type=click.IntRange(1), default=256, show_default=True, help="Pixels, at most.")
-@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of the JPEG files.")
+@click.option(
+    "--short-side",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Largest short side of an image, in pixels.",
+)
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Quality of the JPEG files, 1 to 100."
+)
 def pack(path: Path, out: Path, short_side: int, quality: int) -> None:
-    """Copy the images below PATH to OUT as smaller JPEG files, which are decoded faster; folders and names stay.
+    """Copy the images below PATH to OUT as smaller JPEG files, which are faster to decode. Folders and names stay the same.
 
-    Prints those that cannot be decoded; exit code 1 if there are any. Stopped and started again, it goes on where it was.
+    Images that cannot be decoded are printed; exit code 1 if there are any. If the command is stopped, starting it again
+    continues where it was.
     """
     from falcon_fast.data import tools
 
@@ -84,16 +94,31 @@ def pack(path: Path, out: Path, short_side: int, quality: int) -> None:
     sys.exit(1 if bad else 0)
 
 
-@data.command()
+@data.command(short_help="Draw images and their two views.")
 @click.argument("path", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The picture, a PNG file.")
-@click.option("--recipe", metavar="NAME", help="Default: folder with PATH, digits without.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--loader", metavar="NAME", default="auto", show_default=True, help="auto, dali, resident, workers.")
-@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Images to show.")
-@click.option("--size", type=click.IntRange(0), default=0, help="Side of a view, pixels; default as in training.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the picture is written, a PNG file."
+)
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help="The recipe whose augmentation is shown.",
+    show_default="digits, or folder with PATH",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the run whose first views are shown.")
+@click.option(
+    "--loader",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="What reads the images: auto, dali, resident or workers.",
+)
+@click.option("--count", type=click.IntRange(1, 64), default=8, show_default=True, help="Number of images to show.")
+@click.option(
+    "--size", type=click.IntRange(0), default=0, help="Side of a view in pixels.", show_default="as in training"
+)
 def preview(path: str | None, output: Path, recipe: str | None, seed: int, loader: str, count: int, size: int) -> None:
-    """Draw originals beside their two views, as a run with that recipe and seed sees them first."""
+    """Draw images, each next to its two views, as a run with this recipe and seed sees them in its first step."""
     from falcon_fast import config as configuration
     from falcon_fast.data import tools
 

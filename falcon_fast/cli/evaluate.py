@@ -1,4 +1,4 @@
-"""`falcon-fast evaluate`: a run's newest checkpoint judged again."""
+"""`falcon-fast evaluate`: the newest checkpoint of a run, evaluated again."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Evaluate the newest checkpoint of a run.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", metavar="PATH", help="Judge the backbone on other images than it was trained on.")
-@click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N.")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Evaluate the backbone on these images instead of the run's own.",
+    show_default="the images of the run",
+)
+@click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def evaluate(run: Path, data: str | None, device: str) -> None:
-    """Evaluate the newest checkpoint of a run directory, and write evaluation.json there."""
+    """Evaluate the newest checkpoint in the run directory RUN, and write the figures to RUN/evaluation.json."""
     from rich.console import Console
 
     from falcon_fast.evaluation.report import result_tables
@@ -20,9 +25,8 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     from falcon_fast.runs.directory import write_json
 
     console = Console(highlight=False, markup=False)
-    result = results.evaluate(
-        results.load_trained(run, device), data, say=lambda line: console.print(line, soft_wrap=True)
-    )
-    for table in result_tables(result):  # first: the run directory may be another one's, or the disk full
+    trained = results.load_trained(run, device)
+    result = results.evaluate(trained, data, say=lambda line: console.print(line, soft_wrap=True))
+    for table in result_tables(result):  # printed first: the disk may be full, or the directory belong to somebody else
         console.print(table)
     write_json(run / "evaluation.json", result)

@@ -1,4 +1,4 @@
-"""`falcon-fast info`: versions, devices, and which implementations work here."""
+"""`falcon-fast info`: versions, devices, implementations that work on this machine, and recipes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_trit
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 
 
-@click.command()
+@click.command(short_help="Show versions, devices and recipes.")
 def info() -> None:
-    """Versions, devices, and which implementations work here."""
+    """Show versions, devices, the implementations that work on this machine, and the recipes."""
     for line in report():
         click.echo(line)
 
 
 def report() -> Iterator[str]:
-    """The lines of `falcon-fast info`."""
+    """Yield the lines of `falcon-fast info`."""
     yield f"falcon_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     yield f"CPU: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
@@ -39,12 +39,12 @@ def report() -> Iterator[str]:
     else:
         yield "CUDA: no device"
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        precision, _ = choose_precision(TrainingConfig(amp=True), torch.device(kind))
+        precision, _ = choose_precision(TrainingConfig(precision="bf16"), torch.device(kind))
         yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"
     built = (
         f"built, running {cpu_extension.level()}"
         if cpu_extension
-        else "not built (no C++ compiler at installation): PyTorch does their work, more slowly"
+        else "not built (there was no C++ compiler at installation): PyTorch does their work, more slowly"
     )
     yield f"C++ kernels: {built}"
     triton = why_no_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,4 +1,4 @@
-"""`falcon-fast`: each command a thin call into the package. What the user got wrong is one line and exit code 2."""
+"""The entry point of `falcon-fast`: its commands, and its exit codes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from falcon_fast.cli.info import info
 from falcon_fast.cli.plan import plan
 from falcon_fast.cli.profile import profile
 from falcon_fast.cli.train import train
-from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.errors import RunStopped, TrainingError, UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="falcon_fast")
 def cli() -> None:
-    """Self-supervised learning that does not collapse: images without labels in, a backbone out, and the figures."""
+    """Self-supervised learning that does not collapse: images without labels in, a trained backbone and its evaluation out."""
 
 
 for command in (train, evaluate, plan, profile, data, info):
@@ -27,21 +27,23 @@ for command in (train, evaluate, plan, profile, data, info):
 
 
 def main() -> None:
-    """The console script: UsageError is one line and exit code 2; what stops a run, one line and exit code 1."""
-    # Pillow refuses an image from twice its limit on, which is enough; before, it warns of a bomb.
+    """Run the console script.
+
+    Exit codes: 2 after a UsageError; 1 after a TrainingError or an OSError (a full disk, a file system that went away); 130 after
+    a run that was asked to stop. torchrun itself exits with code 1 in all of these cases. Each error is one line on stderr.
+    """
+    # Pillow refuses images from twice its limit on, which protects enough; its warning below that is switched off.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         cli()
-    except SystemExit as stop:
-        if getattr(stop, "agreed", False):
-            from falcon_fast.training.distributed.processes import leave
+    except (UsageError, TrainingError, OSError, RunStopped) as error:
+        from falcon_fast.training.distributed.stopping import leave, speaks
 
-            leave(stop)
-        raise
-    except (UsageError, TrainingError, OSError) as error:  # OSError: a full disk, a file system that went away
-        from falcon_fast.training.distributed.processes import leave, speaks
-
-        if speaks(error):
-            click.echo(f"error: {error}", err=True)
+        if isinstance(error, RunStopped):
+            code = 130
+        else:
+            code = 2 if isinstance(error, UsageError) else 1
+            if speaks(error):
+                click.echo(f"error: {error}", err=True)
         leave(error)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(code)

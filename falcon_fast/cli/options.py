@@ -1,4 +1,4 @@
-"""What `falcon-fast train` and `falcon-fast profile` are both told: the options, and the configuration that they make."""
+"""The options that `falcon-fast train` and `falcon-fast profile` share, and the configuration that they make."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ OPTION_KEYS = {
     "epochs": "training.epochs",
     "batch_size": "training.batch_size",
     "accumulate": "training.accumulate",
-    "amp": "training.amp",
     "precision": "training.precision",
     "optimizer": "optimizer.name",
     "compile": "training.compile",
@@ -33,68 +32,133 @@ OPTION_KEYS = {
     "strategy": "training.strategy",
 }
 
+FROM_RECIPE = "from the recipe"
+
 _OPTIONS = (
     click.option(
         "--recipe",
         metavar="NAME",
-        help="What to train; `falcon-fast info` lists them. Default: digits, or folder with --data.",
+        help="The settings to start from; `falcon-fast info` lists the recipes.",
+        show_default="digits, or folder with --data",
     ),
     click.option(
         "--data",
         metavar="PATH",
-        help="Your images: a folder, with or without class sub-folders, train/ and test/ or val/ if you like.",
+        help="Your images: a folder, with or without class sub-folders, and with train/ and test/ or val/ if you like.",
+        show_default="none; the digits recipe needs none",
     ),
-    click.option("--epochs", type=int),
-    click.option("--batch-size", type=int, help="Images a step; each is seen in two views."),
+    click.option("--epochs", type=int, help="Passes over the training images.", show_default=FROM_RECIPE),
     click.option(
-        "--loader", metavar="NAME", help="auto (default), dali, resident, workers; synthetic to leave it out."
+        "--batch-size",
+        type=int,
+        help="Images in a step, over all processes; each image is seen in two views.",
+        show_default=FROM_RECIPE,
     ),
     click.option(
-        "--accumulate", type=int, help="Micro-batches of a step, for less memory; the prior sees one at a time."
+        "--loader",
+        metavar="NAME",
+        help="What reads the images: auto, dali, resident or workers; synthetic reads none and gives noise, to time the rest.",
+        show_default=FROM_RECIPE,
     ),
-    click.option("--amp/--no-amp", default=None, help="bfloat16 autocast, as --precision bf16."),
-    click.option("--precision", metavar="NAME", help="float32, tf32, bf16 or fp16 (with scaled gradients)."),
-    click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars."),
-    click.option("--compile/--no-compile", default=None, help="torch.compile of network and loss; measure before use."),
-    click.option("--cuda-graph/--no-cuda-graph", default=None, help="The whole step as one launch, on one GPU."),
-    click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard."),
-    click.option("--num-codes", type=int, help="Codes in the dictionary (c)."),
-    click.option("--embedding-dim", type=int, help="Width of an embedding (f)."),
-    click.option("--temperature-batch", type=int, help="The n of the temperature: smaller is softer."),
-    click.option("--seed", type=int),
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N."),
     click.option(
-        "--strategy", metavar="NAME", help="ddp or fsdp under torchrun; auto (default): ddp there, else single."
+        "--accumulate",
+        type=int,
+        help="Micro-batches in a step, for less memory; the prior and BatchNorm see one micro-batch at a time.",
+        show_default=FROM_RECIPE,
+    ),
+    click.option(
+        "--amp/--no-amp",
+        default=None,
+        help="Short for --precision bf16, and for --precision auto.",
+        show_default=FROM_RECIPE,
+    ),
+    click.option(
+        "--precision",
+        metavar="NAME",
+        help="auto (float32, TF32 as PyTorch sets it), float32, tf32, bf16 (autocast) or fp16 (autocast, scaled gradients).",
+        show_default=FROM_RECIPE,
+    ),
+    click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars.", show_default=FROM_RECIPE),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Compile network and loss with torch.compile; measure whether it helps before a long run.",
+        show_default=FROM_RECIPE,
+    ),
+    click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=None,
+        help="Launch the whole step as one CUDA graph; for one process on one GPU.",
+        show_default=FROM_RECIPE,
+    ),
+    click.option("--codes", metavar="KIND", help="The dictionary: rademacher or hadamard.", show_default=FROM_RECIPE),
+    click.option("--num-codes", type=int, help="Number of codes in the dictionary (c).", show_default=FROM_RECIPE),
+    click.option("--embedding-dim", type=int, help="Width of an embedding (f).", show_default=FROM_RECIPE),
+    click.option(
+        "--temperature-batch",
+        type=int,
+        help="Batch size in the temperature formula; a smaller value gives a softer softmax.",
+        show_default=FROM_RECIPE,
+    ),
+    click.option("--seed", type=int, help="Seed of every random choice in the run.", show_default=FROM_RECIPE),
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.", show_default=FROM_RECIPE),
+    click.option(
+        "--strategy",
+        metavar="NAME",
+        help="How several processes share the work: ddp, fsdp, single, or auto (ddp under torchrun, else single).",
+        show_default=FROM_RECIPE,
     ),
     click.option(
         "--set",
         "settings",
         multiple=True,
         metavar="SECTION.KEY=VALUE",
-        help="Any other setting, as in config.toml (optimizer.ema_decay=0.999, optimizer.clip_norm=1); repeatable.",
+        help="Any other setting, by its name in config.toml (optimizer.ema_decay=0.999, optimizer.clip_norm=1); repeatable.",
+        show_default=FROM_RECIPE,
     ),
 )
 
 
 def training_options(command: Command) -> Command:
-    """Decorator: --recipe, --set, and an option for each key of OPTION_KEYS."""
+    """Decorate a command with --recipe, --set, --amp, and an option for each key of OPTION_KEYS."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def overrides_of(options: Mapping[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
-    """`section.key` to value, of the options that were given and of --set. Raises UsageError for what contradicts itself."""
+    """Return the settings that differ from the recipe, as `section.key` to value.
+
+    Args:
+        options: the values of the options in OPTION_KEYS and of --amp; None for an option that was not given.
+        settings: the assignments given with --set, which take precedence.
+
+    Raises:
+        UsageError: an assignment is not valid, or --amp or --no-amp contradicts the precision.
+    """
     found = {key: options[option] for option, key in OPTION_KEYS.items() if options.get(option) is not None}
     found |= dict(parse_assignment(text) for text in settings)
     if "data.path" in found:
         found["data.path"] = os.path.abspath(os.path.expanduser(found["data.path"]))
-    if found.get("training.amp") is False and found.get("training.precision") in ("bf16", "fp16"):
-        raise UsageError(f"--no-amp is no autocast, --precision says {found['training.precision']}: leave one out")
-    return found
+    return found | _short_form(options.get("amp"), found.get("training.precision"))
+
+
+def _short_form(amp: bool | None, precision: str | None) -> dict[str, Any]:
+    """Return what --amp (True) or --no-amp (False) sets; `precision` is what was asked for otherwise, if anything."""
+    if amp is None:
+        return {}
+    if precision is None:
+        return {"training.precision": "bf16" if amp else "auto"}
+    if (precision != "bf16") if amp else (precision in ("bf16", "fp16")):
+        raise UsageError(f"--{'amp' if amp else 'no-amp'} and --precision {precision} conflict: drop one")
+    return {}
 
 
 def configured(recipe: str | None, overrides: Mapping[str, Any]) -> Config:
-    """A recipe, by default digits or, with --data, folder, and what differs from it."""
+    """Return the configuration of a recipe (by default digits, or folder if there is a data.path) with some settings changed.
+
+    Raises:
+        UsageError: the recipe or a setting is unknown, or a value is out of range.
+    """
     config = load_recipe(recipe or ("folder" if "data.path" in overrides else "digits"))
     return validate(override(config, overrides))

@@ -1,4 +1,4 @@
-"""`falcon-fast profile`: where the time of a run's steps goes; or, with --predict, would go on a GPU that is not there."""
+"""`falcon-fast profile`: where the time of a training step goes, measured here or predicted for another GPU."""
 
 from __future__ import annotations
 
@@ -14,18 +14,30 @@ from falcon_fast.config import Config
 from falcon_fast.errors import UsageError
 
 
-@click.command()
+@click.command(short_help="Time the steps of a run, or predict their time.")
 @training_options
-@click.option("--steps", type=int, default=50, show_default=True, help="Steps to time.")
-@click.option("--json", "as_json", is_flag=True, help="JSON alone on stdout; everything else goes to stderr.")
+@click.option("--steps", type=int, default=50, show_default=True, help="Number of steps to time.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print only JSON to stdout; everything else goes to stderr.",
+    show_default="off",
+)
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Also leave three steps as a Chrome trace, for https://ui.perfetto.dev.",
+    help="Also write three steps to this file as a Chrome trace, for https://ui.perfetto.dev.",
+    show_default="none",
 )
-@click.option("--predict", metavar="GPU", help="Predict for a100, h100 or h200 instead; needs neither GPU nor data.")
-@click.option("--gpus", type=int, help="With --predict: so many, in one machine.")
+@click.option(
+    "--predict",
+    metavar="GPU",
+    help="Predict the time on a100, h100 or h200 instead of measuring; needs neither GPU nor data.",
+    show_default="measure here",
+)
+@click.option("--gpus", type=int, help="With --predict: number of GPUs in one machine.", show_default="1")
 def profile(
     recipe: str | None,
     settings: tuple[str, ...],
@@ -36,11 +48,14 @@ def profile(
     gpus: int | None,
     **options: Any,
 ) -> None:
-    """Time the steps of `train` with the same options, nothing kept: phases, memory, FLOP, and what limits them."""
+    """Time the training steps that `train` would take with the same options: phases, memory, FLOP, and what limits the speed.
+
+    Nothing is kept of them: no checkpoint and no run directory.
+    """
     if predict is not None and trace is not None:
-        raise UsageError("--trace is of steps that are taken: leave out --predict")
+        raise UsageError("--trace needs steps that are measured: leave out --predict")
     if gpus is not None and predict is None:
-        raise UsageError("--gpus goes with --predict; several processes are started by torchrun")
+        raise UsageError("--gpus needs --predict; to measure several GPUs, start falcon-fast profile with torchrun")
     for option, number in (("--steps", steps), ("--gpus", gpus)):
         if number is not None and number < 1:
             raise UsageError(f"{option} must be at least 1, not {number}")
@@ -105,20 +120,24 @@ def _predict(config: Config, gpu: str, gpus: int, as_json: bool) -> None:
 
     place = found.gpu if gpus == 1 else f"{gpus} {found.gpu}"
     say(
-        f"{described(head)} predicted on {place}, with no time for loading; estimates: falcon_fast/profiling/prediction.py"
+        f"{described(head)} predicted for {place}, without the time for loading; see falcon_fast/profiling/prediction.py for the "
+        "assumptions"
     )
     console.print(table(found.phases))
     say(
         f"{found.images / found.step:,.0f} images/s, {1e3 * found.step:.2f} ms a step, MFU {found.mfu:.1%}; about "
-        f"{found.memory / 1e9:.1f} of {found.capacity / 1e9:.0f} GB; the loss by its {found.plan} plan"
+        f"{found.memory / 1e9:.1f} of {found.capacity / 1e9:.0f} GB; the loss takes its {found.plan} plan"
     )
     if found.memory > found.capacity:
-        say("that does not fit: a smaller --batch-size, or --accumulate")
+        say("that does not fit into the memory: use a smaller --batch-size, or --accumulate")
     say(f"limited by {found.limit}")
 
 
 def facts(config: Config, size: int) -> dict[str, Any]:
-    """What was asked for, for people and JSON alike."""
+    """Return the settings that are measured, for the printed line and for JSON.
+
+    size: side of a view in pixels.
+    """
     training, loss = config.training, config.loss
     return {
         "recipe": config.recipe,
@@ -134,7 +153,7 @@ def facts(config: Config, size: int) -> dict[str, Any]:
 
 
 def described(head: Mapping[str, Any]) -> str:
-    """One line of `facts`."""
+    """Return the facts as one line."""
     compiled = ", compiled" if head["compile"] else ""
     parts = f" in {head['accumulate']} micro-batches" if head["accumulate"] > 1 else ""
     return (
@@ -144,7 +163,10 @@ def described(head: Mapping[str, Any]) -> str:
 
 
 def table(found: Mapping[str, float]) -> Any:
-    """Phases, milliseconds, shares of the step."""
+    """Return a table of the phases: their milliseconds, and their shares of the step.
+
+    found: seconds by phase.
+    """
     from rich.table import Table
 
     step = sum(found.values())

@@ -80,10 +80,8 @@ def choose_precision(config: TrainingConfig, device: torch.device) -> tuple[Prec
     On a CPU bfloat16 and float16 are used only if the CPU supports them natively: emulated, both were slower than float32
     (float16 by a factor of 6, for a convolution on two cores).
     """
-    asked = config.precision
-    option = f"--precision {asked}"
-    if asked == "auto":
-        asked, option = ("bf16", "--amp") if config.amp else ("float32", "")
+    asked = "float32" if config.precision == "auto" else config.precision
+    option = "--amp (--precision bf16)" if asked == "bf16" else f"--precision {asked}"
     lacking = _lacking(asked, device)
     if lacking is not None:
         return Precision(), (f"{option}: {lacking}, training in float32",)

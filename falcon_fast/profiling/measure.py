@@ -21,7 +21,7 @@ from falcon_fast.profiling import phases
 from falcon_fast.profiling.diagnosis import Circumstances, Diagnosis, diagnose
 from falcon_fast.profiling.roofline import Bound, Rates, trace
 from falcon_fast.training.compiled import compiler_failures
-from falcon_fast.training.distributed.processes import lost_peers
+from falcon_fast.training.distributed.stopping import lost_peers
 from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of
 from falcon_fast.training.memory import images_at_once, out_of_memory
 from falcon_fast.training.run import Run, seed_process

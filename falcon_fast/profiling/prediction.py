@@ -153,9 +153,7 @@ def predict(config: Config, gpu: str, gpus: int = 1) -> Prediction:
 
 def _autocast(config: Config) -> torch.dtype | None:
     """Return the dtype of autocast that `choose_precision` chooses on these GPUs, which support all precisions."""
-    name = config.training.precision
-    name = ("bf16" if config.training.amp else "float32") if name == "auto" else name
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.training.precision)
 
 
 def _rates(config: Config, device: Device) -> Rates:

@@ -1,1 +1,1 @@
-"""The runs that ship, as data: one TOML file each, naming what differs from the defaults in config.py."""
+"""The recipes of the package: one TOML file each, with the settings that differ from the defaults in config.py."""

@@ -1,4 +1,4 @@
-"""A run directory: what is in it, its lock, and the results that are read from it."""
+"""Run directories: what they hold, their lock, how a run starts in one, and the results that are read from it."""
 
 from falcon_fast.runs.results import Trained, evaluate, load_trained
 

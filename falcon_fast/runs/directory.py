@@ -1,12 +1,15 @@
-"""A run directory: made empty, filled by training, and never left with a half-written file.
+"""A run directory: created empty, filled by training, and never left with a half-written file.
 
 config.toml            the resolved configuration
-metrics.csv            a row a logged step (columns: falcon_fast/training/records/console.py)
+metrics.csv            one row for each logged step (columns: falcon_fast/training/records/metrics_file.py)
 tensorboard/           the same rows as events, for `tensorboard --logdir RUN` (log.tensorboard)
+quarantine.csv         the training images that cannot be read, if there are any
 checkpoints/           the newest complete checkpoints
 result.json            the figures of the final evaluation
+evaluation.json        the figures of the newest `falcon-fast evaluate`
 curves.png             loss, codes in use, online probe and NMI against epochs
-backbone.safetensors   the trained backbone alone, without projector
+backbone.safetensors   the trained backbone alone, without the projector
+.lock                  held while a run trains here
 """
 
 from __future__ import annotations
@@ -15,9 +18,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from falcon_fast.config import Config, dump_config, load_config
 from falcon_fast.errors import UsageError
@@ -25,14 +27,33 @@ from falcon_fast.runs.lock import NAME as LOCK
 from falcon_fast.runs.lock import RunLock
 from falcon_fast.training.checkpoints import checkpoint
 
+# The settings that a resumed run may change: where its images are and where it works, not what it learns.
+CHANGEABLE = frozenset(
+    {
+        "data.path",
+        "data.loader",
+        "data.workers",
+        "data.resident_mib",
+        "data.photometric",
+        "data.max_bad_fraction",
+        "training.device",
+        "training.strategy",
+        "training.timeout",
+    }
+)
+
+State = Literal["new", "begun", "finished"]
+
 
 def create_run_directory(path: Path, config: Config, again: bool = False, lock: RunLock | None = None) -> None:
-    """Make an empty run directory, take its `lock`, and put config.toml there.
+    """Make an empty run directory, take its `lock`, and write config.toml there.
 
-    again: also where a run died before its first checkpoint, whose lock is held already.
+    Args:
+        again: accept a directory in which a run died before its first checkpoint, and whose lock is held already.
+        lock: the lock of the directory; None for no lock.
 
     Raises:
-        UsageError: the directory has contents of its own, cannot be written, or another run has just begun there.
+        UsageError: the directory has other contents, cannot be written, or another run has just begun there.
     """
     partial = path / ".config.toml.partial"
     try:
@@ -48,41 +69,43 @@ def create_run_directory(path: Path, config: Config, again: bool = False, lock: 
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"run directory {path} cannot be written: {error.strerror}") from None
+        raise UsageError(
+            f"run directory {path} cannot be written: {error.strerror}; choose another --run-dir"
+        ) from None
 
 
 def _occupied(path: Path) -> bool:
-    """Whether something is there beside what a killed process left."""
+    """Whether the directory holds anything except what a killed process left."""
     if not path.is_dir():
         return path.exists()
     return any(entry.name != LOCK and not entry.name.endswith(".partial") for entry in path.iterdir())
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what a killed process left half-written in a run directory."""
+    """Remove the half-written files that a killed process left in a run directory."""
     for left in path.glob(".*.partial"):
         left.unlink()
 
 
-def state_of(path: Path, config: Config, changeable: Collection[str]) -> str:
-    """Where a run of `config` in `path` stands: "new", "begun" (there is a checkpoint) or "finished".
+def state_of(path: Path, config: Config) -> State:
+    """Return the state of a run of `config` in `path`: "new", "begun" (there is a checkpoint) or "finished".
 
     Raises:
-        UsageError: the directory holds something else, or a run whose settings differ otherwise than in `changeable`.
+        UsageError: the directory holds something else, or a run that differs in a setting outside CHANGEABLE.
     """
     if not (path / "config.toml").exists():
         if _occupied(path):
-            raise UsageError(f"{path} holds something else than a run: choose another --run-dir")
+            raise UsageError(f"{path} holds something other than a run: choose another --run-dir")
         return "new"
     theirs = dataclasses.asdict(load_config(path / "config.toml"))
     mine = dataclasses.asdict(config)
-    if not mine["data"]["size"]:  # theirs is what the source said
+    if not mine["data"]["size"]:  # theirs is resolved: the size of the source
         mine["data"]["size"] = theirs["data"]["size"]
     if mine.pop("recipe") != (recipe := theirs.pop("recipe")):
         raise UsageError(f"{path} holds a run of recipe {recipe}, not {config.recipe}: choose another --run-dir")
     for section, settings in theirs.items():
         for key, value in settings.items():
-            if (name := f"{section}.{key}") not in changeable and mine[section][key] != value:
+            if (name := f"{section}.{key}") not in CHANGEABLE and mine[section][key] != value:
                 raise UsageError(
                     f"{path} holds a run whose {name} is {value!r}, not {mine[section][key]!r}: choose another --run-dir"
                 )
@@ -92,7 +115,7 @@ def state_of(path: Path, config: Config, changeable: Collection[str]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN and infinity become null, which every JSON reader takes."""
+    """Write JSON completely or not at all. NaN and infinity become null, which every JSON reader accepts."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, dict):

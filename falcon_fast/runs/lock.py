@@ -1,4 +1,7 @@
-"""One run at a time trains in a run directory: two would remove each other's half-written checkpoints and mix their rows."""
+"""The lock of a run directory: one run at a time trains there.
+
+Two runs would remove each other's half-written checkpoints, and mix their rows in metrics.csv.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from pathlib import Path
 from falcon_fast.errors import UsageError
 
 NAME = ".lock"
-# By a file system that does not lock files, where nobody is kept from anything.
+# The errors of a file system that cannot lock files. There, no run is kept out.
 REFUSALS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """A context that holds RUN/.lock from `take` to its end, or to the process's, however that comes.
+    """A context that holds RUN/.lock from `take` to the end of the context or of the process, however the process ends.
 
-    A POSIX record lock: NFS has it too, and it is of this process alone (forked workers of a loader, which may outlive it, would
-    keep a flock).
+    It is a POSIX record lock, which NFS supports too, and which belongs to this process alone. (Forked workers of a loader may
+    outlive the process, and would keep a flock.)
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,17 +36,21 @@ class RunLock:
         return self._file is not None
 
     def take(self, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> None:
-        """Wait up to `patience` seconds for the run that has it, with a line to `say`; when it is held already, do nothing.
+        """Take the lock. If another run holds it, wait up to `patience` seconds, and tell the user through `say`.
+
+        If this process holds the lock already, nothing happens.
 
         Raises:
-            UsageError: another run has it, or the directory cannot be written.
+            UsageError: another run still holds it, or the directory cannot be written.
         """
         end, told = time.monotonic() + patience, False
         while True:
             try:
                 self._file = self._file or self._attempt()
             except OSError as error:
-                raise UsageError(f"run directory {self._directory} cannot be written: {error.strerror}") from None
+                raise UsageError(
+                    f"run directory {self._directory} cannot be written: {error.strerror}; choose another --run-dir"
+                ) from None
             if self.held:
                 return
             if time.monotonic() >= end:
@@ -51,14 +58,14 @@ class RunLock:
                     f"{self._holder()} trains in {self._directory}: wait for it, or choose another --run-dir"
                 )
             if not told:
-                say(f"{self._directory} is being trained in: waiting {patience:.0f} s for the end of that")
+                say(f"another run trains in {self._directory}: waiting up to {patience:.0f} s for its end")
                 told = True
             time.sleep(0.2)
 
     def _holder(self) -> str:
         try:
             return self._path.read_text(encoding="utf-8") or "another process"
-        except OSError:  # it has just gone
+        except OSError:  # the file has just been removed
             return "another process"
 
     def _attempt(self) -> int | None:
@@ -66,7 +73,7 @@ class RunLock:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._in_place(file):
-                raise BlockingIOError  # removed by who had it
+                raise BlockingIOError  # the run that held the lock has just removed the file
             os.truncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
@@ -89,6 +96,6 @@ class RunLock:
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
-            self._path.unlink(missing_ok=True)  # while it is held: nobody else's
+            self._path.unlink(missing_ok=True)  # while the lock is held, so that it cannot be another run's file
             os.close(self._file)
             self._file = None

@@ -1,4 +1,4 @@
-"""What a run has learnt: loaded, judged again, and left in the run directory when training is over."""
+"""The results of a run: the trained network, loaded and evaluated again, and the files that are written after training."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ from falcon_fast.training.run import Run
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has learnt: the network in evaluation mode and all that its use depends on.
+    """A trained network in evaluation mode, with everything that its use depends on.
 
-    `mean` and `std` normalise its images, per channel of pixels in [0, 1]; the temperature is `config.tau`.
+    Attributes:
+        codes: the dictionary of the run; its temperature is `config.tau`.
+        mean, std: of each channel, which normalise images with pixels in [0, 1].
     """
 
     config: Config
@@ -44,10 +46,10 @@ class Trained:
 
 
 def load_trained(directory: Path, device: str = "auto") -> Trained:
-    """A run's network at its newest checkpoint, on `device`.
+    """Return the network of the run in `directory` at its newest checkpoint, on `device` (auto, cpu, cuda or cuda:N).
 
     Raises:
-        UsageError: no such run, no complete checkpoint, a damaged one, or a device that is not there.
+        UsageError: there is no such run, no complete checkpoint or no such device, or the checkpoint is damaged.
     """
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such run directory")
@@ -56,7 +58,7 @@ def load_trained(directory: Path, device: str = "auto") -> Trained:
     network = build_network(config, config.data.size)
     path = checkpoint.latest(directory)
     facts = checkpoint.read_facts(path)
-    if config.optimizer.ema_decay:  # what is judged is the average
+    if config.optimizer.ema_decay:  # the averaged weights are evaluated and used
         average = WeightAverage(network, config.optimizer.ema_decay)
         checkpoint.load(path, network, extra={f"average.{name}": tensor for name, tensor in average.state().items()})
         average.swap(network)
@@ -68,9 +70,15 @@ def load_trained(directory: Path, device: str = "auto") -> Trained:
 
 
 def evaluate(trained: Trained, data: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Judge a trained network on its own data, or on the images at `data`; returns the figures of `result.json`.
+    """Evaluate a trained network on its own data, or on the images at the path `data`.
 
-    Other images than its own are resized to the network's side and normalised as its own were.
+    Other images are resized to the side of the network's own, and normalised with the same mean and std.
+
+    Args:
+        say: takes lines for the user.
+
+    Returns:
+        The figures that result.json holds.
 
     Raises:
         UsageError: the data cannot be opened.
@@ -87,12 +95,29 @@ def evaluate(trained: Trained, data: str | None, say: Callable[[str], None]) -> 
     return evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
 
 
+def final_network(run: Run) -> FalconNetwork:
+    """Return the network to evaluate and to keep when training is over. All processes call it together.
+
+    If the run keeps an average of the weights, the network has the averaged weights from here on. All parameters are whole.
+    """
+    if run.learner.average is not None:
+        run.learner.average.swap(run.network)
+    network, _ = run.whole()
+    return network
+
+
 def finish(
     run: Run, network: FalconNetwork, directory: Path, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Evaluate what a run has trained and leave result.json, curves.png and backbone.safetensors in `directory`.
+    """Evaluate a trained network, and write result.json, curves.png and backbone.safetensors to `directory`.
 
-    network: with all its parameters, as `Run.whole` gives it.  Returns the result.
+    Args:
+        network: the run's network with all its parameters (`final_network`).
+        seconds: seconds that training took.
+        say: takes lines for the user.
+
+    Returns:
+        The figures that result.json holds.
     """
     from safetensors.torch import save_file
 
@@ -110,5 +135,5 @@ def finish(
     }
     save_file(weights, partial, metadata=metadata)
     partial.replace(directory / "backbone.safetensors")
-    write_json(directory / "result.json", result)  # last: a run with a result is a finished run
+    write_json(directory / "result.json", result)  # written last, because a run with a result.json is a finished run
     return result

@@ -1,1 +1,1 @@
-"""The step, the loop over steps, and what surrounds them."""
+"""Training: the step, the loop over steps, and the parts of a run."""

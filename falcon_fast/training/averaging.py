@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights (EMA; Polyak and Juditsky 1992), which is what is evaluated and kept."""
+"""An exponential moving average of the weights (EMA; Polyak and Juditsky 1992), which is evaluated and kept in their place."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from torch import nn
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weights, after each step, of all parameters and floating-point buffers.
+    """The average of all parameters and floating-point buffers of a network.
 
-    Buffers are averaged too, as in timm's ModelEmaV3: BatchNorm's running statistics belong to the weights of the last ten steps
-    or so (momentum 0.1), which are not those of an average over 1 / (1 - decay) steps. Digits, width 8, 12 epochs, decay 0.95:
-    embeddings by averaged statistics were 2.0 % from those by the averaged weights' own (60 batches passed through
-    them), by copied ones 3.5 %. While weights still move far within 1 / (1 - decay) steps neither is of use (width 16, step
-    176 of 352, decay 0.99: 74 % and 82 %). Counters (`num_batches_tracked`) stay the network's.
+    After each step: average <- decay * average + (1 - decay) * weights.
 
-    network: whose tensors are followed, plain or sharded (DTensor: each process averages its own part and nothing is sent).
-    decay: in [0, 1); the average begins at the weights that the network has now.
+    Buffers are averaged too, as in timm's ModelEmaV3. BatchNorm's running statistics belong to the weights of about the last ten
+    steps (momentum 0.1), and not to those of an average over 1 / (1 - decay) steps. On the digits (width 8, 12 epochs, decay
+    0.95) embeddings computed with averaged statistics differed by 2.0 % from embeddings computed with the averaged weights' own
+    statistics (of 60 batches passed through them); with copied statistics they differed by 3.5 %. While the weights still move
+    far within 1 / (1 - decay) steps, neither is useful (width 16, step 176 of 352, decay 0.99: 74 % and 82 %). Counters
+    (`num_batches_tracked`) are not averaged.
+
+    Args:
+        network: the network whose tensors are followed, plain or sharded ones (DTensor: each process averages its own part, and
+            nothing is communicated).
+        decay: in [0, 1). The average starts at the weights that the network has now.
 
     Raises:
-        ValueError: decay out of range.
+        ValueError: decay is out of range.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -31,36 +36,36 @@ class WeightAverage:
         self.decay = decay
         self._live = _followed(network)
         self._average = {name: tensor.clone() for name, tensor in self._live.items()}
-        # A foreach takes sharded or plain tensors, not both: under FSDP2 buffers are plain.
+        # A foreach operation takes sharded or plain tensors, but not both, and under FSDP2 buffers are plain.
         kinds = {type(tensor) for tensor in self._average.values()}
         self._names = [[name for name, t in self._average.items() if type(t) is kind] for kind in kinds]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights of the step that has just been made."""
+        """Update the average with the weights of the step that has just been taken."""
         for names in self._names:
             average = [self._average[name] for name in names]
             torch._foreach_lerp_(average, [self._live[name] for name in names], 1 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The averages themselves, by the network's names: to save, or to restore in place."""
+        """Return the averaged tensors themselves, by the network's names, to be saved or restored in place."""
         return dict(self._average)
 
     @torch.no_grad()
     def swap(self, network: nn.Module) -> None:
-        """Exchange the average and the weights of `network`, bit for bit, in place; a second time, back.
+        """Exchange the average and the weights of `network`, bit for bit and in place. A second call exchanges them back.
 
-        `network` is the one that is followed, or another one of the same names and shapes.
+        network: the network that is followed, or another one with the same names and shapes.
         """
         live = _followed(network)
-        for name, average in self._average.items():  # one at a time: no more memory than the largest
+        for name, average in self._average.items():  # one at a time: needs memory for the largest tensor only
             kept = live[name].clone()
             live[name].copy_(average)
             average.copy_(kept)
 
     @contextmanager
     def applied(self, network: nn.Module) -> Iterator[None]:
-        """Inside, `network` has the averaged weights; afterwards its own again, to the bit."""
+        """Give `network` the averaged weights inside the context, and its own weights, bit for bit, afterwards."""
         self.swap(network)
         try:
             yield

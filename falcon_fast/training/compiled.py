@@ -1,19 +1,19 @@
-"""torch.compile of a step's objective: network, loss and probe in one graph, for the one shape that training has.
+"""torch.compile of a step's forward pass and loss: network, loss and probe in one graph, for the one shape that training has.
 
-The optimiser stays outside, one fused call already. Evaluation goes through the network itself, whose batches have many
-shapes and another BatchNorm. Under several processes the network alone is compiled: DistributedDataParallel stays outside,
-so the graph is whole, the all-reduces of synchronised BatchNorm in it; the gradients then come out together, and their
-averaging waits for the last of them.
+The optimiser stays outside, because it is one fused call already. Evaluation calls the uncompiled network, because its batches
+have many shapes and BatchNorm works differently there. With several processes only the network is compiled:
+DistributedDataParallel stays outside, so that the graph is whole, with the all-reduces of synchronised BatchNorm in it. The
+gradients then become available all together, and their averaging waits for the last of them.
 
 Measured on two cores of an Intel Xeon, float32, whole steps against eager (benchmarks/bench_compile.py): ResNet-8 of width 32 at
-32 px and batch 128, 1.21 times the images/s; width 8 at 16 px and batch 64, 1.80 times, and batch 16, 1.61. What is left there
-at batch 16 is oneDNN's convolutions (3 of 6 ms) and the loss (1.2). On top of that launching code in C++ gained 4 %, forward and
-backward as one graph 9 % (the large network lost 8 %), and compiling the optimiser nothing.
+32 px and batch 128, 1.21 times the images/s; width 8 at 16 px and batch 64, 1.80 times, and batch 16, 1.61. At batch 16 the
+remaining time is oneDNN's convolutions (3 of 6 ms) and the loss (1.2 ms). Three further attempts: launching code in C++ gained 4
+%; forward and backward as one graph gained 9 % (the large network lost 8 %); compiling the optimiser gained nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
 
@@ -22,30 +22,33 @@ from torch import nn
 
 from falcon_fast.errors import UsageError
 from falcon_fast.models.network import FalconNetwork, blocks_of
-from falcon_fast.training.step import Learner, StepMetrics, objective
-
-Objective = Callable[[Learner, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, StepMetrics]]
+from falcon_fast.training.step import ForwardAndLoss, forward_and_loss
 
 
-def compiled_objective() -> Objective:
-    """`step.objective` of a learner compiled on its first call: network, projector, loss and probe in one graph.
+def compiled_forward_and_loss() -> ForwardAndLoss:
+    """Return `step.forward_and_loss`, to be compiled on its first call: network, projector, loss and probe in one graph.
 
-    A graph break is an error, not a slower step. Learning rates are the optimiser's, outside: they change without recompiling.
+    A graph break is an error, not a slower step. The learning rates belong to the optimiser, outside, and change without
+    recompilation.
     """
-    # The compiler keeps its graphs with a function's code, eight at most: a code of its own for each learner.
-    own = FunctionType(objective.__code__.replace(), objective.__globals__, objective.__name__)
+    # The compiler keeps its graphs, eight at most, with the code of a function: each learner gets a function with its own code.
+    own = FunctionType(forward_and_loss.__code__.replace(), forward_and_loss.__globals__, forward_and_loss.__name__)
     return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def compiled_network(network: nn.Module) -> nn.Module:
-    """`network` compiled on its first call, sharing its parameters and buffers; a graph break is an error, not a slower step."""
+    """Return `network`, to be compiled on its first call, with the same parameters and buffers.
+
+    A graph break is an error, not a slower step.
+    """
     return torch.compile(network, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
 
 def compile_blocks(network: FalconNetwork) -> None:
-    """The blocks and the projector compiled on their first call, a graph each, in place: for FSDP2, which gathers between them.
+    """Have the blocks and the projector compiled on their first call, in place, one graph each.
 
-    Before `shard`; what lies between the blocks (a stem, a pooling) stays eager. Names of the state dict stay the same.
+    This is for FSDP2, which gathers parameters between the blocks. Call it before `shard`. What lies between the blocks (a stem,
+    a pooling layer) stays eager, and the names in the state dict stay the same.
     """
     for block in (*blocks_of(network.backbone), network.projector):
         block.compile(fullgraph=True, dynamic=False)
@@ -53,7 +56,7 @@ def compile_blocks(network: FalconNetwork) -> None:
 
 @contextmanager
 def compiler_failures() -> Iterator[None]:
-    """What the compiler runs into at the first step becomes a UsageError that says how to do without."""
+    """Turn an error of the compiler, at the first step, into a UsageError that says how to train without it."""
     try:
         yield
     except RuntimeError as error:

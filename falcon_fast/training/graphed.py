@@ -1,12 +1,13 @@
 """The whole step as one CUDA graph: views, forward, backward, update and averages, launched by one call.
 
-A network of small images spends its time in launches: hundreds of kernels of a few microseconds, each started by Python. A
-graph is recorded once and started whole. What a step reads from outside is then memory at fixed places: the batch (for resident
-images the numbers that the clock gave, a few kilobytes; else the uint8 views) and the schedule's place are copied there before
-each replay, and what a step reports lies at fixed places too, until the next one.
+A network on small images spends its time in launches: hundreds of kernels of a few microseconds each, started one by one from
+Python. A graph is recorded once and then launched as a whole. Everything that a step reads from outside must then lie at fixed
+addresses: before each replay, the batch (for resident images the random numbers of the clock, a few kilobytes; else the uint8
+views) and the learning-rate scale are copied there. What a step reports lies at fixed addresses too, and is valid until the next
+step.
 
-The first steps of a run, or of its continuation, are taken one kernel at a time: real steps, in which libraries choose their
-algorithms and compilers compile, as a capture must not.
+The first steps of a run, or of its continuation, are taken kernel by kernel. They are real steps, in which libraries choose their
+algorithms and compilers compile, neither of which may happen during a capture.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ WARM_UP = 3  # steps before the capture
 
 
 class Graphed:
-    """`function(inputs)` on a GPU, captured as a CUDA graph after `WARM_UP` ordinary calls; `inputs` is any tree of tensors.
+    """`function(inputs)` on a GPU, captured as a CUDA graph after `WARM_UP` ordinary calls.
 
-    Every call must bring tensors of the same shapes. Tensors of the result are overwritten by the next call.
+    `inputs` is any tree of tensors, of the same shapes in every call. The next call overwrites the tensors of the result.
 
     Args:
-        function: may not read a value of the device on the host.
-        before_capture: called once, before the capture.
+        function: must not read a value of the device on the host.
+        before_capture: is called once, before the capture.
 
     Raises:
         UsageError: the function cannot be captured.
@@ -48,7 +49,7 @@ class Graphed:
 
     def __call__(self, inputs: Any) -> Any:
         if self._inputs is None:
-            # The places from the first call on: compiled code is then for their strides.
+            # The tensors at fixed addresses are used from the first call on, so that code is compiled for their strides.
             self._inputs = tree_map(lambda x: torch.empty_like(x) if torch.is_tensor(x) else x, inputs)
         for place, value in zip(tree_leaves(self._inputs), tree_leaves(inputs), strict=True):
             if torch.is_tensor(value):
@@ -91,13 +92,13 @@ class Graphed:
 
 
 class GraphedStep:
-    """`step(inputs, lr_scale)`: as `training_step` on the views of a loader's `inputs`, as a CUDA graph (see `Graphed`).
+    """`step(inputs, lr_scale)`: `training_step` on the views of one of the loader's `inputs`, as a CUDA graph (see `Graphed`).
 
-    The gradient's norm is in the metrics always. The learner's optimiser has its learning rates on the device from here on.
+    The metrics always hold the norm of the gradient. The learning rates of the learner's optimiser are moved to the device.
 
     Args:
-        views_of: the rest of the loader and the photometric stage: of `inputs` normalised views (2 B, 3, S, S), and labels (B,)
-            or None.
+        views_of: the part of the loader that runs on the device, and the photometric stage. Makes of `inputs` the normalised
+            views (2 B, 3, S, S) and the labels (B,) or None.
     """
 
     def __init__(
@@ -112,16 +113,17 @@ class GraphedStep:
         def step(inputs: Any) -> StepMetrics:
             return training_step(learner, *views_of(inputs), self._lr_scale, measure_norm=True)
 
-        # Gradients of the warm-up lie in ordinary memory: those of the graph must be born inside it.
+        # Gradients of the warm-up lie in ordinary memory; those of the graph must be allocated during the capture.
         self._step = Graphed(step, device, lambda: learner.optimizer.zero_grad(set_to_none=True))
 
     def __call__(self, inputs: Any, lr_scale: float) -> StepMetrics:
         self._lr_scale.fill_(lr_scale)
-        return self._step(inputs)
+        metrics: StepMetrics = self._step(inputs)
+        return metrics
 
 
 def capture(function: Callable[[], None], stream: torch.cuda.Stream | None) -> Callable[[], None]:
-    """`function` recorded on `stream` without being executed; what is returned executes the record."""
+    """Record `function` on `stream` without executing it. Returns the function that executes the record."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         function()
@@ -129,7 +131,7 @@ def capture(function: Callable[[], None], stream: torch.cuda.Stream | None) -> C
 
 
 def rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Make the learning rates float32 tensors on `device`, which a captured step reads anew each time."""
+    """Turn the learning rates into float32 tensors on `device`, which a captured step reads again at each replay."""
     for group in optimizer.param_groups:
         if not torch.is_tensor(group["lr"]):
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -138,11 +140,11 @@ def rates_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def why_not_graphed(device: torch.device, world_size: int, optimizer: str) -> str | None:
-    """None where a run's step can be captured, else the reason in one phrase."""
+    """Return why the step of a run cannot be captured, as one phrase; None if it can be captured."""
     if device.type != "cuda":
-        return f"it is for NVIDIA GPUs, and this run is on {device.type}"
+        return f"it needs an NVIDIA GPU, and this run is on {device.type}"
     if world_size > 1:
-        return "it is for one process, and this run has several"
+        return "it needs a run of one process, and this run has several"
     if optimizer == "lars":
-        return "timm's LARS reads the learning rate on the host"
+        return "timm's LARS reads the learning rate on the host, which a CUDA graph cannot do"
     return None

@@ -1,4 +1,4 @@
-"""What a step is fed with: a run's batches, its photometric stage, and the images that cannot be read."""
+"""The inputs of a run's steps: its batches, its photometric stage, and the images that cannot be read."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from falcon_fast.training.run import Run
 
 
 def photometric_of(run: Run, say: Callable[[str], None]) -> Photometric:
-    """The run's photometric stage."""
+    """Return the run's photometric stage; `say` is told what is slower than it could be."""
     dtype = run.amp_dtype or torch.float32
     return photometric_stage(run.augmentation, run.config.data.photometric, say, run.device, dtype)
 
 
 class Feed(NamedTuple):
-    """What the steps of a run are fed with.
+    """The inputs of a run's steps.
 
-    inputs: one a step, in order, each with its number in `step`.
-    views_of: of an input the normalised views (2 B, 3, S, S) and the labels (B,), or None, of this process's share. On the device
-        alone: a CUDA graph can hold it.
+    Attributes:
+        inputs: what the loader yields, one for each step and in order. Each has the number of its step, from 0, in `step`.
+            Resident
+            images: the random choices of the batch, a PlannedBatch; other loaders: the batch of uint8 views, a Batch.
+        views_of: makes of one of `inputs` this process's share of the normalised views (2 B, 3, S, S) and of the labels (B,), or
+            None. It works on the device alone, so that a CUDA graph can hold it.
     """
 
     inputs: Generator[Any]
@@ -34,7 +37,7 @@ class Feed(NamedTuple):
 
 
 def feed_of(run: Run, steps: range, quarantine: Quarantine, photometric: Photometric) -> Feed:
-    """The run's loader and photometric stage for `steps`."""
+    """Return what the run's loader and the photometric stage make for `steps` (numbered from 0)."""
     rank, world_size = run.processes.rank, run.processes.world_size
     inputs, batch_of = training_inputs(
         run.loader, run.source, run.clock, steps, run.device, run.workers, rank, world_size, quarantine
@@ -49,7 +52,10 @@ def feed_of(run: Run, steps: range, quarantine: Quarantine, photometric: Photome
 
 
 def quarantine_of(run: Run, say: Callable[[str], None], path: Path | None = None) -> Quarantine:
-    """The bad images known when training begins, the same in every process; listed at `path` by process 0."""
+    """Return the unreadable images that are known when training begins, the same in every process.
+
+    path: where process 0 lists them.
+    """
     images, limit = run.source.train.images, run.config.data.max_bad_fraction
     known, left_out, processes = dict(run.source.known_bad), run.source.left_out, run.processes
     quarantine: Quarantine | None = None
@@ -61,7 +67,11 @@ def quarantine_of(run: Run, say: Callable[[str], None], path: Path | None = None
 
 
 def share_bad(quarantine: Quarantine, processes: Processes) -> None:
-    """What each process found bad becomes known to all. Raises UsageError in all, where that is too much."""
+    """Tell every process which images each of them found unreadable.
+
+    Raises:
+        UsageError: in all processes, where together they are more than `data.max_bad_fraction` allows.
+    """
     with processes.together():
         for bad in processes.everyone(dict(quarantine.bad)):
             for index, reason in bad.items():

@@ -1,4 +1,4 @@
-"""The host's memory kept from step to step; and for a step that does not fit, one line with what was tried and what to change."""
+"""A step that does not fit into the memory: one line that says what was tried and what to change."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from falcon_fast.objective import planner
 from falcon_fast.objective.reference import PEAK_COPIES
 from falcon_fast.training.run import Run
 
-# Allocations that CUDA itself or its libraries make fail with errors of their own; the last is torch's on a CPU.
+# Parts of the messages of failed allocations: those by CUDA and its libraries have other errors than torch's. The last one is
+# torch's on a CPU.
 SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 @contextmanager
 def out_of_memory(run: Run, kept: Callable[[], str] | None = None) -> Iterator[None]:
-    """An allocation that fails inside becomes a TrainingError: batch, the loss's plan, what to change, what `kept()` says."""
+    """Turn an allocation that fails inside the context into a TrainingError.
+
+    The message names the batch, the plan of the loss, and what to change. It ends with what `kept()` returns: what is saved.
+    """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # numpy's and Python's own is MemoryError
+    except (RuntimeError, MemoryError) as error:  # numpy and Python raise MemoryError
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)):
             raise
-        line = f"{_where(run.device)} has not enough memory for {_batch(run)}: {'; or '.join(_remedies(run))}"
+        remedies = "; or ".join(_remedies(run)) or "a smaller network"
+        line = f"{_where(run.device)} does not have enough memory for {_batch(run)}: use {remedies}"
         raise TrainingError(line + (f" ({kept()})" if kept else "")) from None
 
 
@@ -43,16 +48,16 @@ def _batch(run: Run) -> str:
     name, peak, _ = loss_plan(run)
     parts = f" in {processes} processes" if processes > 1 else ""
     parts += f" in {training.accumulate} micro-batches" if training.accumulate > 1 else ""
-    return f"a batch of {training.batch_size} images{parts} and the loss's {name} plan, which holds {peak / 2**20:,.0f} MiB"
+    return f"a batch of {training.batch_size} images{parts} and the loss's {name} plan, which needs {peak / 2**20:,.0f} MiB"
 
 
 def images_at_once(run: Run) -> int:
-    """Images a view that one process has in one micro-batch."""
+    """Return the number of images that one process has in one micro-batch, each of them in two views."""
     return run.config.training.batch_size // run.processes.world_size // run.config.training.accumulate
 
 
 def loss_plan(run: Run) -> tuple[str, int, int | None]:
-    """The loss's plan in this run by name, the bytes that it holds at its peak, and those of streaming where that holds less."""
+    """Return the plan of the loss in this run, its bytes at the peak, and those of the streaming plan if it needs less."""
     loss, n = run.config.loss, images_at_once(run)
     f, c, budget = loss.embedding_dim, loss.num_codes, loss.memory_budget * 2**20 or None
     implementation = loss.implementation if loss.implementation != "auto" else loss_implementations(run.device)[0]
@@ -78,11 +83,11 @@ def loss_plan(run: Run) -> tuple[str, int, int | None]:
 
 
 def _remedies(run: Run) -> Iterator[str]:
-    """What to change, that which costs least first."""
+    """Yield what to change, starting with what costs the least speed."""
     training, processes = run.config.training, run.processes.world_size
     name, _, streaming = loss_plan(run)
     if streaming is not None:
-        yield f"--set loss.plan=streaming, which holds {streaming / 2**20:,.0f} MiB"
+        yield f"--set loss.plan=streaming, which needs {streaming / 2**20:,.0f} MiB"
     if name == "reference":
         yield "a smaller dictionary (--num-codes)"
     if run.amp_dtype is None and run.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A run: everything it is made of, built from its configuration and nothing else, and put back from a checkpoint."""
+"""A run: all parts that it is made of, built from its configuration and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,22 +29,27 @@ from falcon_fast.objective import FalconLoss
 from falcon_fast.objective.codes import Codes
 from falcon_fast.objective.frozen_start import frozen_start
 from falcon_fast.training.averaging import WeightAverage
-from falcon_fast.training.checkpoints import checkpoint
-from falcon_fast.training.compiled import compile_blocks, compiled_network, compiled_objective
+from falcon_fast.training.compiled import compile_blocks, compiled_forward_and_loss, compiled_network
 from falcon_fast.training.distributed.parallel import average_buffers, data_parallel, gather, shard
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner
 
-# The first checkpoints do not have them.
-LATER_FACTS = ("seed", "global batch", "augmentation", "view size", "model", "optimizer", "precision", "dictionary")
-
 
 @dataclass
 class Run:
-    """The parts of a run. `network` and `probe` hold the weights; `learner` is what a step calls: the same two as the compiler
-    and the strategy wrap them, and their optimiser."""
+    """The parts of a run.
+
+    `network` and `probe` hold the weights. `learner` is what a step calls: the same two modules, wrapped by the compiler and by
+    the strategy, and their optimiser.
+
+    Attributes:
+        loader: name of the loader that the run uses, never auto.
+        criterion: the loss.
+        probe: the online linear probe; None without labels.
+        notes: lines for the user about what is not as asked for, or not as expected.
+    """
 
     config: Config
     source: Source
@@ -67,7 +71,7 @@ class Run:
         self.assemble()
 
     def assemble(self) -> None:
-        """Make the learner of the network and the probe as they are now; all processes together."""
+        """Make the learner from the network and the probe as they are now. All processes call it together."""
         config = self.config
         network: nn.Module = self.network
         probe: nn.Module | None = self.probe
@@ -78,7 +82,7 @@ class Run:
             shard(self.network, self.probe, config.fsdp, self.device)
         else:
             if config.training.compile and self.processes.group is None:
-                compiled = compiled_objective()
+                compiled = compiled_forward_and_loss()
             elif config.training.compile:
                 network = compiled_network(self.network)
             network = data_parallel(network, self.processes)
@@ -98,12 +102,12 @@ class Run:
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
-        """Of autocast; None without."""
+        """Dtype of autocast; None without autocast."""
         return self.precision.autocast
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the network has the averaged weights where the run keeps an average; afterwards its own again."""
+        """Give the network the averaged weights inside the context, if the run keeps an average; afterwards its own again."""
         if (average := self.learner.average) is None:
             yield
             return
@@ -111,7 +115,7 @@ class Run:
             yield
 
     def average_buffers(self) -> None:
-        """Give every process the mean of the processes' BatchNorm statistics, of the averaged weights too."""
+        """Give every process the mean of all processes' BatchNorm statistics, also of those of the averaged weights."""
         average_buffers(self.network, self.processes)
         if self.learner.average is not None and self.processes.group is not None:
             with self.averaged():
@@ -119,21 +123,22 @@ class Run:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the parameters only."""
+        """Whether each process holds only a part of the parameters."""
         return self.processes.group is not None and self.processes.strategy == "fsdp"
 
     @property
     def place(self) -> str:
-        """On what it runs, and by which strategy where that is several processes."""
+        """The device, or with several processes their number, kind and strategy."""
         world_size = self.processes.world_size
         if world_size == 1:
             return str(self.device)
         return f"{world_size} {self.device.type} processes ({self.processes.strategy})"
 
     def whole(self) -> tuple[FalconNetwork, nn.Linear | None]:
-        """Network and probe with all their parameters, for process 0 to evaluate; all processes together.
+        """Return network and probe with all their parameters, for process 0 to evaluate. All processes call it together.
 
-        Sharded ones are gathered into a copy, which stays as it is while training goes on; others are the run's own.
+        Sharded modules are gathered into a copy, which does not change while training continues; otherwise these are the run's
+        own modules.
         """
         if not self.sharded:
             return self.network, self.probe
@@ -158,7 +163,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside config.toml, and is resumed against: what learns, and from what."""
+        """The facts about model and data that a checkpoint holds, and that must be the same when it is resumed."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         training, model, loss = self.config.training, self.config.model, self.config.loss
         return {
@@ -179,9 +184,14 @@ class Run:
 
 
 def prepare(config: Config, processes: Processes | None = None, source: Source | None = None) -> Run:
-    """Open the data and build everything, in every process alike; writes nothing. Raises UsageError for what cannot work.
+    """Open the data and build all parts of a run, the same in every process. Nothing is written.
 
-    source: images that are open already, in place of those that the configuration names.
+    Args:
+        processes: the processes of the run; None for a run of one process.
+        source: images that are open already, used in place of those that the configuration names.
+
+    Raises:
+        UsageError: the configuration cannot work with this data, this device or these processes.
     """
     processes = processes or Processes()
     if source is None:
@@ -192,7 +202,7 @@ def prepare(config: Config, processes: Processes | None = None, source: Source |
 
 
 def _build(config: Config, source: Source, processes: Processes) -> dict[str, Any]:
-    """The parts of a run but those that the processes build together."""
+    """Build the parts of a run, except those that the processes build together."""
     device = find_device(config.training.device)
     precision, notes = choose_precision(config.training, device)
     recipe = augmentation(config.data.augmentation)
@@ -203,7 +213,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
         raise UsageError(f"--cuda-graph: {reason}; leave it out")
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
     loader, loader_notes = choose_loader(config.data, source, recipe, device)
-    known = dict(source.known_bad)  # too many of them are said before anything is written
+    known = dict(source.known_bad)  # if there are too many, the user learns it before anything is written
     Quarantine(source.train.images, config.data.max_bad_fraction, known=known, left_out=source.left_out)
 
     network = build_network(config, source.size)
@@ -211,13 +221,13 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     if averaged == 1 and has_batchnorm(network):
         least = training.batch_size // averaged * 2
         raise UsageError(
-            f"batch size {training.batch_size} gives BatchNorm nothing to average: use --batch-size {least} or more"
+            f"batch size {training.batch_size} leaves BatchNorm one image to average over: use --batch-size {least} or more"
         )
     sharded = processes.group is not None and processes.strategy == "fsdp"
     if sharded and training.compile and config.fsdp.param_dtype == "bfloat16" and has_batchnorm(network.backbone):
         raise UsageError(
-            "with fsdp.param_dtype=bfloat16 BatchNorm is gathered apart in float32, inside the blocks that --compile takes "
-            "whole: leave one of them out"
+            "--compile and fsdp.param_dtype=bfloat16 conflict for networks with BatchNorm: FSDP gathers BatchNorm separately in "
+            "float32, inside the blocks that --compile compiles as a whole; drop one of them"
         )
     per_view_batchnorm(network)
     if processes.group is not None and training.sync_batchnorm:
@@ -245,7 +255,11 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
 
 
 def _check_accumulation(training: TrainingConfig, processes: Processes) -> tuple[str, ...]:
-    """A line on what micro-batches change. Raises UsageError for a batch that does not divide into them."""
+    """Return a note about what micro-batches change, if there are several.
+
+    Raises:
+        UsageError: the batch does not divide into them.
+    """
     parts = training.accumulate * processes.world_size
     if training.batch_size % parts:
         raise UsageError(
@@ -256,49 +270,24 @@ def _check_accumulation(training: TrainingConfig, processes: Processes) -> tuple
         return ()
     micro = training.batch_size // training.accumulate
     return (
-        f"--accumulate {training.accumulate}: the prior's mean assignment and BatchNorm's statistics are of each micro-batch of "
-        f"{micro} images, not of all {training.batch_size}",
+        f"--accumulate {training.accumulate}: the prior's mean assignment and BatchNorm's statistics are computed over each "
+        f"micro-batch of {micro} images, not over all {training.batch_size}",
     )
 
 
 def seed_process(run: Run, step: int) -> None:
-    """Masks of dropout would otherwise be the same in every process, and after every change of their number."""
+    """Seed the random state of every process but process 0 for the steps from `step` on.
+
+    Otherwise the masks of dropout would be the same in every process, and again after each change of their number.
+    """
     if run.processes.rank:
         torch.manual_seed((run.config.training.seed + run.processes.rank) * 1_000_003 + step)
 
 
 def build_probe(config: Config, network: FalconNetwork, source: Source, device: torch.device) -> nn.Linear | None:
-    """The online linear probe at its initial weights, from `training.seed` alone; None without labels."""
+    """Return the online linear probe with its initial weights, which depend on `training.seed` alone; None without labels."""
     if source.train.labels is None:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.training.seed)
         return nn.Linear(network.backbone.num_features, len(source.classes)).to(device)  # type: ignore[arg-type]
-
-
-def restore(run: Run, directory: Path) -> tuple[int, float]:
-    """Put the newest checkpoint of `directory` into `run`: the steps done and the seconds they took. All processes together.
-
-    Raises:
-        UsageError: no complete checkpoint, or one made with other data, codes or temperature.
-    """
-    processes, path = run.processes, directory
-    with processes.together():
-        if processes.main:
-            path = checkpoint.latest(directory)
-    path = processes.from_main(path)  # a file system may not show all processes the same at once
-    with processes.together():
-        facts = checkpoint.read_facts(path)
-        for key, value in run.facts.items():
-            if key not in facts and key in LATER_FACTS:
-                continue
-            if facts.get(key) != value:
-                raise UsageError(
-                    f"cannot resume {path}: its {key} was {facts.get(key)}, now it is {value}: resume with what it had, or "
-                    "begin another run"
-                )
-        seed_process(run, int(facts["step"]))
-        checkpoint.load(
-            path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state(), rank=processes.rank
-        )
-    return int(facts["step"]), float(facts["seconds"])

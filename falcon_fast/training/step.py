@@ -1,8 +1,8 @@
 """One optimisation step, reading like the paper: views -> features -> embeddings -> loss -> gradient -> update.
 
-Everything a step depends on comes in as an argument, nothing is kept between steps but what the learner holds, and nothing
-waits for the device: so it can be compiled, captured and tested. (One pair of settings does wait: float16 with an optimiser that
-is not fused, LARS or SGD on shards, where the GradScaler asks whether the gradients overflowed.)
+Everything that a step depends on is an argument, nothing is kept between steps except what the learner holds, and nothing waits
+for the device: so a step can be compiled, captured and tested. (One combination of settings does wait: float16 with an optimiser
+that is not fused, LARS or SGD on shards, where the GradScaler asks whether the gradients overflowed.)
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from falcon_fast.training.distributed.parallel import gradient_sync
 
 @dataclass
 class Learner:
-    """What learns, and by which rules: all that a step reads and changes.
+    """The modules that learn and the rules by which they learn: everything that a step reads and changes.
 
-    network: images to features and embeddings, a FalconNetwork as the strategy and the compiler wrap it.
-    probe: the online linear probe, features to class logits, wrapped likewise; None without labels.
-    amp_dtype: of autocast; None is float32.
-    scaler: of the gradients, for float16.
-    accumulate: micro-batches that a step takes one after the other, averaging their gradients: the memory of one, the step
-        of all but for two things. The prior's mean assignment and BatchNorm's statistics are of each micro-batch.
-    clip_norm: what the norm of the network's gradient is clipped to; 0 leaves it. The probe's is its own affair.
-    average: of the network's weights, kept beside them.
-    compiled: `objective` compiled as a whole, called in its place; None where the network is compiled by itself, or nothing.
+    Attributes:
+        network: images to features and embeddings, a FalconNetwork as the strategy and the compiler wrap it.
+        probe: the online linear probe, features to class logits, wrapped likewise; None without labels.
+        amp_dtype: dtype of autocast; None for float32.
+        scaler: scales the gradients, for float16.
+        accumulate: number of micro-batches in a step. They are computed one after the other and their gradients are averaged. It
+            takes the memory of one micro-batch and makes the step of the whole batch, except for two things: the prior's mean
+            assignment and BatchNorm's statistics are those of each micro-batch.
+        clip_norm: largest norm of the network's gradient; 0 for no clipping. The probe's gradient is not clipped.
+        average: moving average of the network's weights.
+        compiled: `forward_and_loss` compiled as a whole, called in its place; None where the network is compiled separately, or
+            nothing is compiled.
     """
 
     network: nn.Module
@@ -47,13 +50,16 @@ class Learner:
     accumulate: int = 1
     clip_norm: float = 0.0
     average: WeightAverage | None = None
-    compiled: Callable[[Learner, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, StepMetrics]] | None = None
+    compiled: ForwardAndLoss | None = None
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs beside weights and moments, by name; the tensors themselves, to be restored in place."""
+        """Return, by name, the tensors that a resumed run needs in addition to weights and moments.
+
+        They are the tensors themselves, so that they can be restored in place.
+        """
         tensors: dict[str, torch.Tensor] = {}
         if self.scaler is not None:
-            # Its state_dict() makes numbers of them, and waits for the device.
+            # Its state_dict() would turn them into Python numbers, for which it waits for the device.
             scale, growth = self.scaler._scale, self.scaler._growth_tracker
             assert scale is not None and growth is not None
             tensors |= {"scaler.scale": scale, "scaler.growth": growth}
@@ -66,9 +72,11 @@ class StepMetrics(NamedTuple):
     """What a step reports: detached 0-d tensors on the device, means over its micro-batches.
 
     Attributes:
-        codes_used: of several micro-batches, the most that one of them used.
-        probe_accuracy: of this batch; None without labels.
-        grad_norm: Euclidean norm of the network's whole gradient, over all processes, before clipping; None where nobody asked.
+        loss, prior, invariance: float32, in nats; `loss` is that of the paper, without the probe's.
+        codes_used: number of distinct codes; with several micro-batches, the largest number in one of them.
+        probe_accuracy: on this batch, in [0, 1]; None without labels.
+        grad_norm: Euclidean norm of the network's whole gradient, over all processes, before clipping; None if it was neither
+            needed for clipping nor asked for.
     """
 
     loss: torch.Tensor
@@ -79,15 +87,24 @@ class StepMetrics(NamedTuple):
     grad_norm: torch.Tensor | None = None
 
 
+ForwardAndLoss = Callable[[Learner, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, StepMetrics]]
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """Mixed precision in `dtype`, or none for None."""
+    """Return a context of mixed precision in `dtype`; for None, one that does nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def objective(learner: Learner, views: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, StepMetrics]:
-    """The scalar to minimise for normalised views (2 B, 3, S, S), view 1 first, and what to report of it.
+def forward_and_loss(
+    learner: Learner, views: torch.Tensor, labels: torch.Tensor | None
+) -> tuple[torch.Tensor, StepMetrics]:
+    """Return the scalar to minimise, and the metrics.
 
-    The online probe learns from detached features, so its loss adds nothing to the network's gradient.
+    The online probe learns from detached features, so that its loss adds nothing to the network's gradient.
+
+    Args:
+        views: normalised images (2 B, 3, S, S), view 1 of all B images first.
+        labels: (B,) integers, or None.
     """
     with autocast(views.device, learner.amp_dtype):
         features, embeddings = learner.network(views)
@@ -109,10 +126,14 @@ def training_step(
     lr_scale: float | torch.Tensor,
     measure_norm: bool = False,
 ) -> StepMetrics:
-    """Forward, backward and update for one batch, at `lr_scale` times each parameter group's `peak_lr`.
+    """Take one step on one batch: forward, backward and update.
 
-    lr_scale: a tensor where the groups' rates are (graphed.py).
-    measure_norm: report the gradient's norm though nothing is clipped by it.
+    Args:
+        views: normalised images (2 B, 3, S, S), view 1 of all B images first.
+        labels: (B,) integers, or None.
+        lr_scale: the learning rate of each parameter group is this times its `peak_lr`; a 0-d tensor where the groups' rates are
+            tensors (graphed.py).
+        measure_norm: report the norm of the gradient even if nothing is clipped.
     """
     for group in learner.optimizer.param_groups:
         rate = group["peak_lr"] * lr_scale
@@ -126,12 +147,15 @@ def training_step(
 
 
 def gradient(learner: Learner, views: torch.Tensor, labels: torch.Tensor | None) -> StepMetrics:
-    """Add the gradient of `objective` to the parameters', the mean over micro-batches; scaled, where there is a scaler."""
+    """Add the gradient of `forward_and_loss`, averaged over the micro-batches, to the parameters' gradients.
+
+    Where there is a scaler, the gradient is scaled.
+    """
     found: list[StepMetrics] = []
     for views_part, labels_part in micro_batches(views, labels, learner.accumulate):
         last = len(found) == learner.accumulate - 1
         with gradient_sync((learner.network, learner.probe), last):
-            total, metrics = (learner.compiled or objective)(learner, views_part, labels_part)
+            total, metrics = (learner.compiled or forward_and_loss)(learner, views_part, labels_part)
             total = total if learner.accumulate == 1 else total / learner.accumulate
             (total if learner.scaler is None else learner.scaler.scale(total)).backward()
         found.append(metrics)
@@ -141,7 +165,7 @@ def gradient(learner: Learner, views: torch.Tensor, labels: torch.Tensor | None)
 def micro_batches(
     views: torch.Tensor, labels: torch.Tensor | None, number: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """A batch of two views (2 B, ...), view 1 first, in `number` equal parts that hold both views of their images."""
+    """Yield a batch of two views (2 B, ...), view 1 first, in `number` equal parts that hold both views of their images."""
     if number == 1:
         yield views, labels
         return
@@ -152,7 +176,7 @@ def micro_batches(
 
 
 def _mean(found: list[StepMetrics]) -> StepMetrics:
-    """Of several micro-batches."""
+    """Return the metrics of a step from those of its micro-batches."""
     loss, prior, invariance, codes_used, accuracy, _ = zip(*found, strict=True)
     return StepMetrics(
         torch.stack(loss).mean(),
@@ -164,10 +188,13 @@ def _mean(found: list[StepMetrics]) -> StepMetrics:
 
 
 def update(learner: Learner, measure_norm: bool = False) -> torch.Tensor | None:
-    """Unscale, clip, step, average. Returns the norm of the network's gradient before clipping, where clipped or asked for.
+    """Unscale and clip the gradient, take the optimiser's step, and update the average of the weights.
 
     A step whose scaled gradients overflowed changes neither weights nor moments, in any process: DDP's mean spreads the infinity,
     and for DTensors torch takes the maximum of `found_inf` over the mesh.
+
+    Returns:
+        The norm of the network's gradient before clipping, a 0-d tensor; None if it was neither needed nor asked for.
     """
     optimizer, scaler, norm = learner.optimizer, learner.scaler, None
     if scaler is not None:

@@ -1,4 +1,4 @@
-"""Which way a step is taken: eagerly, or replayed from a CUDA graph."""
+"""The two ways to take a step of the loop: kernel by kernel, or replayed from a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import torch
 from falcon_fast.training.graphed import GraphedStep
 from falcon_fast.training.step import Learner, StepMetrics, training_step
 
+ViewsOf = Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]]
+TakeStep = Callable[[Any, float, bool], StepMetrics]
 
-def stepper(
-    learner: Learner,
-    views_of: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]],
-    device: torch.device,
-    cuda_graph: bool,
-) -> Callable[[Any, float, bool], StepMetrics]:
-    """A function (inputs, lr_scale, measure_norm) that takes a step of the loop: as a CUDA graph, or kernel by kernel."""
+
+def stepper(learner: Learner, views_of: ViewsOf, device: torch.device, cuda_graph: bool) -> TakeStep:
+    """Return the function (inputs, lr_scale, measure_norm) that takes a step of the loop on one of the loader's `inputs`.
+
+    Args:
+        views_of: makes of one of the loader's inputs the normalised views (2 B, 3, S, S) and the labels (B,) or None.
+        cuda_graph: replay the step from a CUDA graph. The norm of the gradient is then always measured.
+    """
     if cuda_graph:
         graphed = GraphedStep(learner, views_of, device)
         return lambda inputs, lr_scale, measure_norm: graphed(inputs, lr_scale)

@@ -9,29 +9,15 @@ import sys
 
 import pytest
 
-from falcon_fast.cli import main as cli
 from falcon_fast.errors import TrainingError
 from falcon_fast.profiling import phases
 
 TINY = ["--set", "model.width=4", "--embedding-dim", "32", "--num-codes", "64", "--batch-size", "16", "--steps", "4"]
 
 
-@pytest.fixture
-def falcon_fast(monkeypatch, capsys, tmp_path):
-    """Runs a command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["falcon-fast", *map(str, arguments)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return int(code), out.out, out.err  # type: ignore[call-overload]
-
-    return call
 
 
 def test_json_alone_is_on_stdout_and_nothing_is_written(falcon_fast, tmp_path):
@@ -68,7 +54,7 @@ def test_a_table_for_people_and_a_trace_for_browsers(falcon_fast, tmp_path):
 def test_a_prediction_needs_neither_gpu_nor_data(falcon_fast, tmp_path):
     code, out, err = falcon_fast("profile", "--recipe", "cifar10", "--amp", "--predict", "a100")
     assert code == 0, err
-    assert "predicted on A100" in out and "images/s" in out and "limited by" in out and "of 80 GB" in out
+    assert "predicted for A100" in out and "images/s" in out and "limited by" in out and "of 80 GB" in out
     code, out, _ = falcon_fast("profile", "--predict", "h200", "--gpus", 2, "--json")
     found = json.loads(out)
     assert code == 0 and found["gpus"] == 2 and sum(found["phases"].values()) == pytest.approx(found["step_seconds"])
@@ -79,7 +65,7 @@ def test_a_prediction_needs_neither_gpu_nor_data(falcon_fast, tmp_path):
     ("arguments", "said"),
     [
         (["--predict", "a10"], "did you mean 'a100'"),
-        (["--gpus", "2"], "--gpus goes with --predict"),
+        (["--gpus", "2"], "--gpus needs --predict"),
         (["--predict", "a100", "--gpus", "0"], "--gpus must be at least 1"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--predict", "a100", "--trace", "x.json"], "leave out --predict"),
@@ -132,7 +118,7 @@ def test_under_torchrun_one_process_speaks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_objective_is_one_phase(falcon_fast):
+def test_a_compiled_forward_and_loss_is_one_phase(falcon_fast):
     code, out, err = falcon_fast("profile", *TINY, "--compile", "--json")
     assert code == 0, err
     phases = json.loads(out)["phase_seconds"]

@@ -19,29 +19,27 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("asked", "amp", "native", "done", "line"),
+    ("asked", "native", "done", "line"),
     [
-        ("auto", False, False, "float32", None),
-        ("float32", False, False, "float32", None),
-        ("auto", True, True, "bf16", None),
-        ("auto", True, False, "float32", "--amp: this CPU has no native bfloat16 products, training in float32"),
-        ("bf16", False, True, "bf16", None),
-        ("bf16", True, False, "float32", "--precision bf16: this CPU has no native bfloat16 products"),
-        ("fp16", False, True, "fp16", None),
-        ("fp16", False, False, "float32", "--precision fp16: this CPU has no native float16 products"),
+        ("auto", True, "float32", None),
+        ("auto", False, "float32", None),
+        ("float32", False, "float32", None),
+        ("bf16", True, "bf16", None),
         (
-            "tf32",
+            "bf16",
             False,
-            True,
             "float32",
-            "--precision tf32: TF32 needs an NVIDIA GPU, Ampere or newer, training in float32",
+            "--amp (--precision bf16): this CPU has no native bfloat16 products, training in float32",
         ),
+        ("fp16", True, "fp16", None),
+        ("fp16", False, "float32", "--precision fp16: this CPU has no native float16 products"),
+        ("tf32", True, "float32", "--precision tf32: TF32 needs an NVIDIA GPU, Ampere or newer, training in float32"),
     ],
 )
-def test_what_a_cpu_does_and_says(monkeypatch, asked, amp, native, done, line):
+def test_what_a_cpu_does_and_says(monkeypatch, asked, native, done, line):
     monkeypatch.setattr(module, "native_bfloat16", lambda: native)
     monkeypatch.setattr(module, "native_float16", lambda: native)
-    found, notes = choose_precision(TrainingConfig(amp=amp, precision=asked), CPU)
+    found, notes = choose_precision(TrainingConfig(precision=asked), CPU)
     assert found.name == done and len(notes) == (line is not None)
     assert line is None or (notes[0].startswith(line) and "\n" not in notes[0])
 
@@ -60,7 +58,7 @@ def test_an_old_gpu_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     found, (line,) = choose_precision(TrainingConfig(precision="tf32"), GPU)
     assert found == Precision() and "older than Ampere" in line
-    found, (line,) = choose_precision(TrainingConfig(amp=True), GPU)
+    found, (line,) = choose_precision(TrainingConfig(precision="bf16"), GPU)
     assert found.name == "bf16" and "--precision fp16 is faster" in line
 
 

@@ -38,7 +38,7 @@ def configured(recipe: str, **changes):
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_on_every_gpu_newer_is_not_slower(recipe):
-    found = [predict(configured(recipe, training__amp=True), gpu) for gpu in DEVICES]
+    found = [predict(configured(recipe, training__precision="bf16"), gpu) for gpu in DEVICES]
     for one in found:
         assert all(math.isfinite(seconds) and seconds >= 0 for seconds in one.phases.values())
         assert 0 < one.mfu < 1 and 0 < one.memory < one.capacity
@@ -48,15 +48,15 @@ def test_every_recipe_on_every_gpu_newer_is_not_slower(recipe):
 
 
 def test_more_work_takes_longer_and_more_gpus_less():
-    base = predict(configured("digits", training__amp=True, training__batch_size=4096), "a100")
+    base = predict(configured("digits", training__precision="bf16", training__batch_size=4096), "a100")
     for changes in ({"loss__num_codes": 262144}, {"training__batch_size": 8192}, {"training__accumulate": 4}):
-        settings = {"training__amp": True, "training__batch_size": 4096} | changes
+        settings = {"training__precision": "bf16", "training__batch_size": 4096} | changes
         assert predict(configured("digits", **settings), "a100").step > base.step
-    four = predict(configured("digits", training__amp=True, training__batch_size=4096), "a100", 4)
+    four = predict(configured("digits", training__precision="bf16", training__batch_size=4096), "a100", 4)
     assert base.step / 4 < four.step < base.step
     assert four.phases["communication"] > 0 == base.phases["communication"]
     smaller = predict(
-        configured("digits", training__amp=True, training__batch_size=4096, training__accumulate=4), "a100"
+        configured("digits", training__precision="bf16", training__batch_size=4096, training__accumulate=4), "a100"
     )
     assert smaller.memory < base.memory
 
@@ -65,9 +65,13 @@ def test_precision_and_compilation_are_the_runs():
     def step(**changes):
         return predict(configured("cifar10", training__batch_size=512, **changes), "a100")
 
-    full, tf32, half = step(training__precision="float32"), step(training__precision="tf32"), step(training__amp=True)
+    full, tf32, half = (
+        step(training__precision="float32"),
+        step(training__precision="tf32"),
+        step(training__precision="bf16"),
+    )
     assert full.step > step().step >= tf32.step > half.step  # if no precision is asked for, convolutions use TF32
-    assert step(training__amp=True, training__compile=True).step < half.step
+    assert step(training__precision="bf16", training__compile=True).step < half.step
     assert half.memory < full.memory
 
 
@@ -101,7 +105,7 @@ def test_what_cannot_be_predicted_is_said(monkeypatch):
     ],
 )
 def test_the_estimates_are_near_what_was_published(model, gpu, compiled, published):
-    config = configured("imagenet100", model__name=model, training__amp=True)
+    config = configured("imagenet100", model__name=model, training__precision="bf16")
     operators = trace(build_network(config, 224), 256, 224, torch.bfloat16).operators  # one view, plain BatchNorm
     rates = prediction._rates(config, DEVICES[gpu])
     assert 256 / rates.total(fused(operators) if compiled else operators).seconds == pytest.approx(published, rel=0.15)

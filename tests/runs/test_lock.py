@@ -61,7 +61,7 @@ def test_it_waits_for_the_end_of_the_other_run(tmp_path):
     with another_run(tmp_path) as process, RunLock(tmp_path) as lock:
         threading.Timer(0.5, process.stdin.close).start()
         lock.take(patience=60, say=said.append)
-        assert lock.held and len(said) == 1 and "waiting 60 s" in said[0]
+        assert lock.held and len(said) == 1 and "waiting up to 60 s" in said[0]
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,8 @@ from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import compiled, trainer
 from falcon_fast.training.checkpoints import checkpoint
-from falcon_fast.training.run import prepare, restore
+from falcon_fast.training.checkpoints.restore import restore
+from falcon_fast.training.run import prepare
 from falcon_fast.training.step import training_step
 
 SETTINGS = {"model.width": 4, "loss.embedding_dim": 32, "loss.num_codes": 64, "loss.temperature_batch": 1}
@@ -32,7 +33,7 @@ def backend(request, monkeypatch):
 
 
 def steps_of(run, steps: range, photometric):
-    """The metrics of these steps of a run, none of which but the first two may compile anything."""
+    """The metrics of these steps of a run, of which only the first two may compile anything."""
     mean, std = run.source.normalization(run.device)
     found = []
     for batch in training_batches(run.loader, run.source, run.clock, steps, run.device, 0):
@@ -90,7 +91,7 @@ def test_what_else_a_step_can_be(backend, settings):
 
 
 def test_runs_of_one_process_do_not_count_against_each_other(backend):
-    """The compiler keeps the graphs of a function with its code, a limited number of them."""
+    """The compiler keeps a limited number of graphs with the code of a function."""
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(2):
             losses(1, **{"training.compile": True})

@@ -1,4 +1,4 @@
-"""The step as a CUDA graph: its arithmetic here with a record that is only executed again, the graph itself on a GPU."""
+"""The step as a CUDA graph. Without a GPU a replay calls the function again, which tests all of it but the graph."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import graphed, trainer
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.graphed import WARM_UP, GraphedStep
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.run import prepare, restore
+from falcon_fast.training.run import prepare
 from falcon_fast.training.step import Learner, training_step
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def batches(count: int, device=CPU):
 
 
 def as_eager(mine: Learner, theirs: Learner, device, count: int) -> None:
-    """Steps of `mine` as graphs against steps of `theirs`, one call a kernel."""
+    """Compare graphed steps of `mine` with ordinary steps of `theirs`."""
     step = GraphedStep(mine, lambda batch: (batch["views"] * 2, batch["labels"]), device)
     for batch in batches(count, device):
         scale = 1.0 / (1 + batch["step"])
@@ -76,7 +77,7 @@ def as_eager(mine: Learner, theirs: Learner, device, count: int) -> None:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Captures are lists of what was recorded; a replay calls it again."""
+    """The captured functions; to replay one is to call it again."""
     found = []
 
     def capture(function, stream):
@@ -195,7 +196,12 @@ def test_captured(optimizer, scaled, accumulate) -> None:
 @needs_gpu
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"training.amp": True}, {"training.amp": True, "training.compile": True}, {"training.precision": "fp16"}],
+    [
+        {},
+        {"training.precision": "bf16"},
+        {"training.precision": "bf16", "training.compile": True},
+        {"training.precision": "fp16"},
+    ],
     ids=["float32", "bf16", "compiled", "fp16"],
 )
 def test_a_captured_run(tmp_path: Path, changes) -> None:

@@ -46,7 +46,7 @@ def test_a_step_without_memory_ends_the_run_with_one_line(tmp_path, monkeypatch)
         trainer.train(run, tmp_path / "run", Console(quiet=True))
     (line,) = str(caught.value).splitlines()
     assert line.startswith(
-        "cpu has not enough memory for a batch of 64 images and the loss's stored plan, which holds "
+        "cpu does not have enough memory for a batch of 64 images and the loss's stored plan, which needs "
     )
     assert "--set loss.plan=streaming" in line and "--accumulate 2; or --batch-size 32" in line
     assert "step-00000002" in line  # the checkpoint that is left
@@ -56,7 +56,7 @@ def test_a_host_without_memory_is_one_line_too():
     run = prepared()
     for allocate in (lambda: np.empty(1 << 56, np.uint8), lambda: torch.empty(1 << 54)):
         with (
-            pytest.raises(TrainingError, match="cpu has not enough memory for a batch of 64"),
+            pytest.raises(TrainingError, match="cpu does not have enough memory for a batch of 64"),
             memory.out_of_memory(run),
         ):
             allocate()
@@ -91,6 +91,6 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch):
     }
     assert memory.loss_plan(run) == ("stored", found["stored"].peak, found["streaming"].peak)
     line = said(run, torch.OutOfMemoryError("CUDA out of memory."))
-    assert f"--set loss.plan=streaming, which holds {found['streaming'].peak / 2**20:,.0f} MiB; or --amp" in line
+    assert f"--set loss.plan=streaming, which needs {found['streaming'].peak / 2**20:,.0f} MiB; or --amp" in line
     run.config = dataclasses.replace(run.config, loss=dataclasses.replace(run.config.loss, memory_budget=64))
     assert memory.loss_plan(run)[0] == "streaming"

@@ -14,12 +14,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
 from falcon_fast.config import OptimizerConfig
-from falcon_fast.errors import UsageError
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import FalconNetwork, ResNet8
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.optimizer import build_optimizer
-from falcon_fast.training.step import Learner, gradient, objective, training_step
+from falcon_fast.training.step import Learner, forward_and_loss, gradient, training_step
 
 from ..processes import exact_run, in_processes
 
@@ -37,7 +36,7 @@ def test_views_in_one_batch_are_as_views_apart(parts):
     apart = copy.deepcopy(network)
     h1, h2 = apart(views[:6])[1], apart(views[6:])[1]
     criterion(h1, h2).loss.backward()
-    total, metrics = objective(Learner(per_view_batchnorm(network), criterion, None, None, None), views, None)
+    total, metrics = forward_and_loss(Learner(per_view_batchnorm(network), criterion, None, None, None), views, None)
     total.backward()
     torch.testing.assert_close(metrics.loss, criterion(h1, h2).loss.detach())
     for (name, mine), theirs in zip(network.named_parameters(), apart.parameters(), strict=True):
@@ -50,9 +49,9 @@ def test_the_probe_learns_and_leaves_the_network_alone(parts):
     network, criterion, probe, views, labels = parts
     per_view_batchnorm(network)
     with_probe, without = copy.deepcopy(network), copy.deepcopy(network)
-    total, metrics = objective(Learner(with_probe, criterion, probe, None, None), views, labels)
+    total, metrics = forward_and_loss(Learner(with_probe, criterion, probe, None, None), views, labels)
     total.backward()
-    objective(Learner(without, criterion, None, None, None), views, None)[0].backward()
+    forward_and_loss(Learner(without, criterion, None, None, None), views, None)[0].backward()
     for mine, theirs in zip(with_probe.parameters(), without.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)
     features = copy.deepcopy(network)(views)[0]
@@ -70,7 +69,7 @@ def test_a_step_follows_the_gradient_at_the_scheduled_rate(parts):
         OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.0, momentum=0.0), network, probe, 2.0
     )
     before = copy.deepcopy(network)
-    objective(Learner(before, criterion, None, None, None), views, None)[0].backward()
+    forward_and_loss(Learner(before, criterion, None, None, None), views, None)[0].backward()
     metrics = training_step(Learner(network, criterion, probe, optimizer), views, labels, 0.1)
     for mine, old in zip(network.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(mine, old - 0.05 * old.grad)
@@ -80,7 +79,7 @@ def test_a_step_follows_the_gradient_at_the_scheduled_rate(parts):
     second = copy.deepcopy(network)
     for parameter in second.parameters():
         parameter.grad = None
-    objective(Learner(second, criterion, None, None, None), views, None)[0].backward()
+    forward_and_loss(Learner(second, criterion, None, None, None), views, None)[0].backward()
     training_step(Learner(network, criterion, probe, optimizer), views, labels, 0.1)
     for mine, theirs in zip(network.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
@@ -92,7 +91,7 @@ def test_mixed_precision_runs_the_backbone_low_and_the_loss_in_float32(parts):
     seen = {}
     network.backbone.stages.register_forward_hook(lambda m, i, o: seen.update(backbone=o.dtype))
     criterion.register_forward_hook(lambda m, i, o: seen.update(embeddings=i[0].dtype, loss=o.loss.dtype))
-    total, _ = objective(Learner(network, criterion, None, None, torch.bfloat16), views, None)
+    total, _ = forward_and_loss(Learner(network, criterion, None, None, torch.bfloat16), views, None)
     total.backward()
     assert seen == {"backbone": torch.bfloat16, "embeddings": torch.float32, "loss": torch.float32}
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in network.parameters())
@@ -119,7 +118,7 @@ def test_the_networks_gradient_is_clipped_and_its_norm_reported(parts, clip):
         OptimizerConfig(name="sgd", lr=0.5, weight_decay=0.0, momentum=0.0), network, probe, 2.0
     )
     before, probe_before = copy.deepcopy(network), copy.deepcopy(probe)
-    objective(Learner(before, criterion, probe_before, None), views, labels)[0].backward()
+    forward_and_loss(Learner(before, criterion, probe_before, None), views, labels)[0].backward()
     norm = torch.cat([p.grad.flatten() for p in before.parameters()]).norm()
     assert norm > 0.05
     metrics = training_step(
@@ -166,7 +165,7 @@ def plain(tensors) -> list:
 
 
 def accumulated(strategy: str, processes: Processes, number: int = 4) -> dict:
-    """Gradients of a step of some micro-batches, and the collectives that it took."""
+    """The gradients of a step of `number` micro-batches, and how often each collective was called."""
     run = exact(strategy, processes, training__accumulate=number)
     with CommDebugMode() as collectives:
         metrics = gradient(run.learner, *batch(processes))
@@ -197,7 +196,7 @@ def several_steps(strategy: str, processes: Processes, name: str) -> dict:
 
 
 def overflowing(strategy: str, processes: Processes) -> tuple[bool, float, bool]:
-    """A gradient that overflows in the last process alone: whether anything moved, the scale after it, the loss is finite."""
+    """Whether weights moved, the scale, and whether the loss is finite, after a gradient overflowed in the last process only."""
     run = exact(strategy, processes)
     learner = dataclasses.replace(run.learner, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     if processes.rank == processes.world_size - 1:
@@ -242,7 +241,7 @@ def test_micro_batches_have_the_mean_of_their_gradients():
         projector = apart[0].projector
         projector.forward = lambda features, own=projector: torch.tanh(own.norm(own.linear(features)))
         apart[1].forward = lambda features: F.linear(features.double(), apart[1].weight, apart[1].bias)
-        total, metrics = objective(Learner(apart[0], run.criterion, apart[1], None), one, labels[images])
+        total, metrics = forward_and_loss(Learner(apart[0], run.criterion, apart[1], None), one, labels[images])
         parameters = [p for module in apart for p in module.parameters()]
         grads = torch.autograd.grad(total, parameters)
         sums = grads if sums is None else [a + b for a, b in zip(sums, grads, strict=True)]
@@ -258,7 +257,7 @@ def test_micro_batches_have_the_mean_of_their_gradients():
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_accumulate_like_one_with_one_reduction(two, strategy):
-    """A micro-batch of both processes is made of other images than one of a single process: the same ones are put together."""
+    """The images of one process are reordered, so that its micro-batches have the images that two processes have together."""
     run = exact("single", Processes(), training__accumulate=4)
     views, labels = batch(Processes())
     # Process r has images 8 r to 8 r + 7, and takes them by twos.
@@ -301,17 +300,3 @@ def test_two_processes_clip_step_and_average_like_one(two, strategy, name):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_processes_skip_a_step_that_overflowed_in_one(two, strategy):
     assert [found[f"overflow-{strategy}"] for found in two] == [(False, 4.0, True)] * 2
-
-
-@pytest.mark.parametrize(("batch_size", "accumulate", "multiple"), [(16, 3, 3), (18, 4, 4)])
-def test_a_batch_that_does_not_divide_is_one_line(batch_size, accumulate, multiple):
-    with pytest.raises(UsageError, match=f"make it a multiple of {multiple}$"):
-        exact("single", Processes(), training__batch_size=batch_size, training__accumulate=accumulate)
-
-
-def test_accumulation_says_what_it_changes():
-    (line,) = [n for n in exact("single", Processes(), training__accumulate=4).notes if "micro-batch" in n]
-    assert "micro-batch of 4 images, not of all 16" in line
-    assert not any("micro-batch" in n for n in exact("single", Processes()).notes)
-    with pytest.raises(UsageError, match="--batch-size 8"):  # one image a micro-batch
-        exact("single", Processes(), training__batch_size=4, training__accumulate=4)

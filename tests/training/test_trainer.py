@@ -1,68 +1,22 @@
-"""The loop: exact resume, interruption, non-finite losses. On the digits with a tiny network."""
+"""The loop, on the digits with a tiny network: what it writes and when, stopping, and exact resume."""
 
 from __future__ import annotations
 
-import copy
-import csv
-import dataclasses
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.errors import RunStopped
 from falcon_fast.hardware import precision
-from falcon_fast.runs.directory import create_run_directory
-from falcon_fast.runs.results import load_trained
 from falcon_fast.training import stepper, trainer
 from falcon_fast.training.checkpoints import checkpoint
-from falcon_fast.training.distributed import signals
-from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS
-from falcon_fast.training.run import Run, prepare, restore
+from falcon_fast.training.records.metrics_file import COLUMNS
 
-TINY = {
-    "model.width": 4,
-    "loss.embedding_dim": 32,
-    "loss.num_codes": 64,
-    "training.epochs": 2,
-    "training.batch_size": 128,
-    "log.every_steps": 3,
-    "log.evaluate_epochs": 1,
-    "checkpoint.every_steps": 5,
-}  # 11 steps an epoch
-QUIET = Console(quiet=True)
-
-
-def prepared(**changes):
-    settings = TINY | {k.replace("__", "."): v for k, v in changes.items()}
-    return prepare(validate(override(load_recipe("digits"), settings)))
-
-
-def start(directory: Path, **changes):
-    run = prepared(**changes)
-    create_run_directory(directory, run.config)
-    return run
-
-
-def rows(directory: Path) -> list[tuple[str, ...]]:
-    """metrics.csv without the timings."""
-    with (directory / "metrics.csv").open() as file:
-        return [tuple(row[c] for c in COLUMNS[: -len(TIMINGS)]) for row in csv.DictReader(file)]
-
-
-def assert_same_state(a: Run, b: Run) -> None:
-    ours, theirs = (
-        checkpoint.collect(r.network, r.probe, r.learner.optimizer, r.learner.extra_state()) for r in (a, b)
-    )
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert torch.equal(ours[key], theirs[key]), key
+from .tiny import QUIET, assert_same_state, continued, prepared, rows, start
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +27,6 @@ def whole(tmp_path_factory):
     run = start(directory)
     trainer.train(run, directory, QUIET)
     return run, directory
-
-
-def continued(directory: Path, **changes) -> Run:
-    run = prepared(**changes)
-    step, seconds = restore(run, directory)
-    trainer.train(run, directory, QUIET, step, seconds)
-    return run
 
 
 def test_rows_are_where_they_should_be(whole):
@@ -107,7 +54,7 @@ def test_the_seed_alone_decides_the_run(whole, tmp_path):
 
 
 class Reads(TorchDispatchMode):
-    """After which call of a step each number was read off a tensor: on a GPU, the host would wait there."""
+    """Notes the steps after which a number was read from a tensor: on a GPU, the host would wait there."""
 
     def __init__(self, calls: list) -> None:
         super().__init__()
@@ -151,24 +98,15 @@ def test_a_run_stopped_by_a_signal_continues_bit_for_bit(whole, tmp_path, monkey
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(stepper, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(RunStopped) as stopped:
             trainer.train(start(directory), directory, QUIET)
+    assert stopped.value.everywhere
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert len(calls) == 8 and checkpoint.latest(directory).name == "step-00000008"
     assert capfd.readouterr().err.count("stopping after this step") == 1
     run = continued(directory)
     assert rows(directory) == rows(whole[1])
     assert_same_state(run, whole[0])
-
-
-def test_a_stop_is_asked_for_though_nobody_can_be_told(monkeypatch):
-    def gone(*arguments):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "write", gone)
-    with signals.stop_requests("stopping") as requested:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert requested()
 
 
 def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_path, monkeypatch):
@@ -190,57 +128,6 @@ def test_a_run_that_died_continues_from_its_checkpoint_bit_for_bit(whole, tmp_pa
     run = continued(directory)
     assert rows(directory) == rows(whole[1])
     assert_same_state(run, whole[0])
-
-
-def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
-
-    def diverging(*arguments):
-        calls.append(None)
-        metrics = step_function(*arguments)
-        return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
-
-    monkeypatch.setattr(stepper, "training_step", diverging)
-    with pytest.raises(TrainingError, match="not finite at step 7") as caught:
-        trainer.train(start(directory), directory, QUIET)
-    assert "step-00000005" in str(caught.value)
-    assert [p.name for p in checkpoint.complete(directory / "checkpoints")] == ["step-00000005"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"training__seed": 1}, "seed"),
-        ({"loss__temperature_batch": 16}, "temperature"),
-        ({"loss__num_codes": 128}, "dictionary"),
-        ({"optimizer__name": "adam"}, "optimizer"),
-        ({"training__amp": True}, "precision"),
-        ({"loss__activation": "l2"}, "model"),
-    ],
-)
-def test_resuming_with_something_else_is_refused(whole, changes, what):
-    with pytest.raises(UsageError, match=f"its {what} was .*, now it is .*: resume with what it had"):
-        restore(prepared(**changes), whole[1])
-
-
-def test_codes_are_told_apart_that_are_called_alike(whole):
-    """By their hash, as another generator's might be; also in a checkpoint that has no other word for them."""
-    run = prepared()
-    run.codes.words.bitwise_not_()
-    with pytest.raises(UsageError, match="its codes was"):
-        restore(run, whole[1])
-
-
-def test_resuming_with_other_data_is_refused(whole):
-    run = prepared()
-    other = dataclasses.replace(run, source=dataclasses.replace(run.source, fingerprint="other"))
-    with pytest.raises(UsageError, match="its data was"):
-        restore(other, whole[1])
-
-
-def test_a_batch_of_one_needs_no_batchnorm():
-    with pytest.raises(UsageError, match="BatchNorm"):
-        prepared(training__batch_size=1)
 
 
 def test_learning_and_temperature_are_the_runs_own(whole):
@@ -281,39 +168,9 @@ def test_scale_average_and_micro_batches_continue_bit_for_bit(tmp_path, monkeypa
     assert rows(tmp_path / "whole")[-1][COLUMNS.index("grad_norm")]
 
 
-def test_what_is_tested_and_kept_is_the_average(tmp_path, monkeypatch):
-    judged = []
-    test = trainer._test
-    monkeypatch.setattr(trainer, "_test", lambda *a: judged.append(copy.deepcopy(a[1].state_dict())) or test(*a))
-    directory = tmp_path / "run"
-    run = start(directory, training__epochs=1, optimizer__ema_decay=0.8)
-    trainer.train(run, directory, QUIET)
-    average = run.learner.average.state()
-    (seen,) = judged
-    kept = load_trained(directory, "cpu").network.state_dict()
-    for name, tensor in average.items():
-        assert torch.equal(seen[name], tensor) and torch.equal(kept[name], tensor), name
-    weight = "projector.linear.weight"
-    assert not torch.equal(average[weight], run.network.state_dict()[weight])
-
-
 def test_an_average_changes_nothing_of_what_is_learnt(whole, tmp_path):
     torch.manual_seed(0)
     run = start(tmp_path / "run", optimizer__ema_decay=0.8)
     trainer.train(run, tmp_path / "run", QUIET)
     ours, theirs = whole[0].network.state_dict(), run.network.state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-def test_switches_of_precision_are_the_runs_alone(tmp_path, monkeypatch):
-    seen, step_function = [], stepper.training_step
-
-    def watching(*arguments):
-        seen.append(torch.backends.cudnn.allow_tf32)
-        return step_function(*arguments)
-
-    monkeypatch.setattr(stepper, "training_step", watching)
-    before = torch.backends.cudnn.allow_tf32
-    run = start(tmp_path / "run", training__epochs=1, training__precision="float32")
-    trainer.train(run, tmp_path / "run", QUIET)
-    assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 == before

@@ -1,1 +1,1 @@
-"""Checkpoints: what a run needs to continue, saved while training goes on."""
+"""Checkpoints: what a run needs to continue, written while training continues, and restored."""

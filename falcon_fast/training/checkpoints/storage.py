@@ -1,7 +1,7 @@
-"""The files of a checkpoint, as torch.distributed.checkpoint (DCP) writes and reads them: published whole, read as data only.
+"""The files of a checkpoint, written and read by torch.distributed.checkpoint (DCP): published completely, read as data only.
 
-DCP's own reader unpickles `.metadata` and any non-tensor entry. Here `.metadata` goes through an unpickler that knows DCP's own
-record types and nothing else, and non-tensor entries are refused: a checkpoint from elsewhere runs no code.
+DCP's own reader unpickles `.metadata` and every entry that is not a tensor. Here `.metadata` goes through an unpickler that knows
+DCP's own record types and nothing else, and entries that are not tensors are refused: a checkpoint from elsewhere runs no code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from falcon_fast.errors import UsageError
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Knows what DCP's metadata is made of, and refuses the rest."""
+    """An unpickler that knows the types which DCP's metadata consists of, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == dcp_metadata.__name__ and isinstance(found := getattr(dcp_metadata, name, None), type):
@@ -33,9 +33,9 @@ class MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):
             return getattr(torch.serialization, name)
-        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):  # where it was written
-            return PurePath
-        if (module, name) == ("builtins", "getattr"):  # Python 3.11.0 to 3.11.3 pickle a member of an enumeration so
+        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where the checkpoint was written
+        if (module, name) == ("builtins", "getattr"):  # so do Python 3.11.0 to 3.11.3 pickle members of enumerations
             return _member
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
@@ -47,15 +47,15 @@ def _member(enumeration: Any, name: str) -> Any:
 
 
 class Reader(FileSystemReader):
-    """Reads tensors and nothing else. Raises UsageError for an entry of another kind."""
+    """A reader of tensors and nothing else. Raises UsageError for an entry of another kind."""
 
     def stored(self) -> dict[str, dcp_metadata.TensorStorageMetadata]:
-        """What the checkpoint holds: shapes and dtypes by name."""
-        return self.read_metadata().state_dict_metadata  # type: ignore[return-value]  # refused there if not tensors
+        """Return the shapes and dtypes of the tensors in the checkpoint, by name."""
+        return self.read_metadata().state_dict_metadata  # type: ignore[return-value]  # read_metadata refuses other entries
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            found = MetadataUnpickler(file).load()
+            found: dcp_metadata.Metadata = MetadataUnpickler(file).load()
         for key, entry in found.state_dict_metadata.items():
             if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
                 raise UsageError(f"checkpoint {self.path}: entry {key!r} is not a tensor; refusing to unpickle it")
@@ -65,9 +65,9 @@ class Reader(FileSystemReader):
 
 
 class Writer(FileSystemWriter):
-    """Writes into the directory `temporary`; when the shares of all processes are on the disk, process 0 calls `publish()`.
+    """A writer into the directory `temporary`. When the shares of all processes are on disk, process 0 calls `publish()`.
 
-    DCP tells every process how that went, so that none goes on believing in a checkpoint that is not there.
+    DCP tells every process whether that succeeded, so that no process continues in the belief that the checkpoint exists.
     """
 
     def __init__(self, temporary: Path, publish: Callable[[], None]) -> None:
@@ -76,8 +76,8 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
-            # DCP's thread, which ends with this save: where the step has every core, it is to take what is left. (On Linux a
-            # thread has a priority of its own.)
+            # This is DCP's thread, which ends with this save. Where the training step uses every core, the thread takes only the
+            # time that is left. (On Linux each thread has a priority of its own.)
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         return super().write_data(plan, planner)
 

@@ -1,8 +1,8 @@
-"""The network over several processes: gradients averaged, parameters copied (DDP) or sharded (FSDP2), statistics alike.
+"""The network in several processes: averaged gradients, copied (DDP) or sharded (FSDP2) parameters, equal BatchNorm statistics.
 
-With BatchNorm synchronised and the prior global, a step of W processes is the step of one process with the whole batch, by
-either strategy. DDP is the default: it communicates less, and networks of this size fit any GPU together with their
-moments. FSDP2 keeps 1 / W of the parameters, gradients and moments in each process between their uses.
+With synchronised BatchNorm and the global prior, a step of W processes equals the step of one process on the whole batch, with
+either strategy. DDP is the default, because it communicates less, and because networks of this size fit into any GPU together
+with their moments. FSDP2 keeps 1 / W of the parameters, gradients and moments in each process between their uses.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from falcon_fast.config import FsdpConfig
 from falcon_fast.models.network import FalconNetwork, blocks_of
 from falcon_fast.training.distributed.processes import Processes
 
-# The option's name changed, and the old one now warns.
+# This option was renamed in torch, and the old name now gives a warning.
 _DDP_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
 SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
 
 
 def data_parallel(module: nn.Module, processes: Processes) -> nn.Module:
-    """`module` with its gradients averaged over the processes, parameters and buffers as in process 0; alone, itself.
+    """Return `module` wrapped so that its gradients are averaged over the processes, with process 0's parameters and buffers.
 
-    Buffers are not sent at every forward pass: synchronised BatchNorm has the same ones everywhere, and otherwise
-    `average_buffers` is called before they are used.
+    In a run of one process it is returned as it is. Buffers are not sent at every forward pass: synchronised BatchNorm has the
+    same ones in every process, and otherwise `average_buffers` is called before they are used.
     """
     if processes.group is None or not any(p.requires_grad for p in module.parameters()):
         return module
@@ -42,14 +42,14 @@ def data_parallel(module: nn.Module, processes: Processes) -> nn.Module:
 
 
 def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, device: torch.device) -> None:
-    """Shard the parameters over all processes by FSDP2, in place: each block by itself, then the projector, then the rest.
+    """Shard the parameters over all processes with FSDP2, in place: each block separately, then the projector, then the rest.
 
-    Every process must hold the same parameters before: they are cut, not sent. With `param_dtype` bfloat16 the blocks compute in
-    bfloat16 from copies of their float32 shards, and gradients are reduced in float32; BatchNorm and the projector keep
-    float32 (BatchNorm mixes no other dtype with its float32 statistics). Its layers are gathered a block at a time, for an
-    all-gather each would cost more than they hold.
+    Every process must hold the same parameters before, because they are cut and not sent. With `param_dtype` bfloat16 the blocks
+    compute in bfloat16, from copies of their float32 shards, and gradients are reduced in float32. BatchNorm and the projector
+    stay in float32 (BatchNorm does not mix other dtypes with its float32 statistics). The BatchNorm layers of a block are
+    gathered together, because one all-gather for each layer would cost more than its parameters are worth.
     """
-    # FSDP2 refuses parameters in channels_last. Convolutions of channels_last images then copy their weights, which are small.
+    # FSDP2 refuses parameters in channels_last. Convolutions on channels_last images then copy their weights, which are small.
     network.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": config.reshard_after_forward}
@@ -58,7 +58,7 @@ def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, d
         low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def shard_unit(module: nn.Module, parts: list[nn.Module]) -> None:
-        """`module` in `low` but for its BatchNorm layers outside `parts`, which are sharded already."""
+        """Shard `module` with the policy `low`, but its BatchNorm layers in float32; `parts` of it are sharded already."""
         done = {id(layer) for part in parts for layer in part.modules()}
         norms: list[nn.Module] = [
             m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and id(m) not in done
@@ -78,11 +78,16 @@ def shard(network: FalconNetwork, probe: nn.Module | None, config: FsdpConfig, d
 
 @contextmanager
 def gradient_sync(modules: Iterable[nn.Module | None], enabled: bool) -> Iterator[None]:
-    """Whether the backward pass inside averages gradients over the processes, or only adds them up in each.
+    """Choose whether backward passes inside the context average gradients over the processes, or only add them up in each
+    process.
 
-    For all but the last of the micro-batches of a step: a sum of means costs a reduction each. Their forward passes must lie
-    inside, too. FSDP2 then holds whole gradients until the last one, not shards, and whole parameters likewise, which do not
-    change meanwhile. Modules of one process have nothing to send.
+    Only the last micro-batch of a step averages, so that a step needs one reduction and not one for each micro-batch. The forward
+    pass must lie inside the context, too. Until the last micro-batch, FSDP2 then holds whole gradients instead of shards, and
+    whole parameters, which do not change meanwhile. For modules of a run of one process nothing happens.
+
+    Args:
+        modules: the modules as the strategy wraps them; None is skipped.
+        enabled: average.
     """
     with ExitStack() as stack:
         for module in modules:
@@ -97,9 +102,9 @@ def gradient_sync(modules: Iterable[nn.Module | None], enabled: bool) -> Iterato
 
 @torch.no_grad()
 def gather(sharded: nn.Module, plain: nn.Module) -> None:
-    """Copy all parameters and buffers of a sharded module into a plain one of the same names; every process takes part.
+    """Copy all parameters and buffers of a sharded module into a plain one with the same names. All processes call it together.
 
-    One parameter at a time: beyond `plain` no more than the largest of them is held.
+    Parameters are gathered one at a time, so that memory for only the largest is needed in addition to `plain`.
     """
     targets = plain.state_dict()
     for name, value in sharded.state_dict().items():
@@ -107,10 +112,10 @@ def gather(sharded: nn.Module, plain: nn.Module) -> None:
 
 
 def average_buffers(module: nn.Module, processes: Processes) -> None:
-    """Give every process the mean of the processes' BatchNorm statistics, in place; the same for the same ones, to the bit.
+    """Give every process the mean of all processes' BatchNorm statistics, in place. Equal statistics stay equal, bit for bit.
 
-    Mean and variance are each averaged: the spread of the means between processes, which the variance over all would hold,
-    is small where every process sees its share of the same data.
+    Means and variances are averaged separately. The variance over all images would also contain the spread of the means between
+    the processes, which is small, because every process sees a share of the same data.
     """
     if processes.group is None:
         return
@@ -123,7 +128,7 @@ def average_buffers(module: nn.Module, processes: Processes) -> None:
     ]
     if not buffers:
         return
-    # In float64, where W equal float32 numbers sum and divide back to themselves.
+    # In float64 the sum of W equal float32 numbers, divided by W, is exactly that number.
     mean = processes.mean(torch.cat([buffer.double().flatten() for buffer in buffers]))
     for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))

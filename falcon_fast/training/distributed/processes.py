@@ -1,21 +1,12 @@
-"""One run in several processes: how they meet, what they tell each other, and how they stop together.
+"""One run in several processes: how they meet, and what they tell each other.
 
-Started by torchrun, one process a device; nccl between GPUs, gloo between CPUs. The global batch (`training.batch_size`) is
-split by position: process r of W takes the r-th part of it.
-
-Signals. torchrun starts its processes in sessions of their own, so that Ctrl-C reaches torchrun alone; on SIGINT, SIGTERM,
-SIGHUP or SIGQUIT it sends the same signal to the process group of every process, and SIGKILL to those that still live 30 s
-later; its own exit code is then 1. It ignores SIGUSR1, unless --signals-to-handle names it: then it is passed on like the
-others. Each process notes SIGINT, SIGTERM or SIGUSR1, and all agree on the step after which they stop (`StopAgreement`) and
-save. When a process dies, torchrun sends SIGTERM to the others likewise; they cannot finish the step, whose collectives fail
-or time out, and end with what was saved last.
+torchrun starts the processes, one for each device; they talk over nccl between GPUs and over gloo between CPUs. The global batch
+(`training.batch_size`) is split by position: process r of W takes the r-th part of it.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.errors import FinalError, SystemFault, TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -36,15 +27,16 @@ PREPARATION = timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, from one of them. Alone, `group` and `control` are None and every agreement is immediate.
+    """The processes of a run, seen from one of them. In a run of one process `group` and `control` are None, and every agreement
+    is immediate.
 
     Attributes:
         rank, world_size: over all machines.
-        local_rank: on this machine; its number is the number of the GPU.
-        group: for tensors on the devices.
-        control: gloo, for what the hosts tell each other; nothing else may use it.
+        local_rank: on this machine; it is also the number of this process's GPU.
+        group: process group for tensors on the devices.
+        control: gloo process group for messages between the hosts; nothing else may use it.
         timeout: seconds that a step waits for another process.
-        strategy: ddp or fsdp; alone, nothing looks at it.
+        strategy: ddp or fsdp; not used in a run of one process.
     """
 
     rank: int = 0
@@ -57,11 +49,11 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that prints, writes and evaluates."""
+        """Whether this is process 0, the one that prints, writes and evaluates."""
         return self.rank == 0
 
     def everyone(self, value: T) -> list[T]:
-        """The value of each process, in order."""
+        """Return the values of all processes, in the order of their ranks."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -69,29 +61,33 @@ class Processes:
         return values
 
     def from_main(self, value: T) -> T:
-        """Process 0's value."""
+        """Return process 0's value."""
         return self.everyone(value)[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What cannot go on in one process stops all, with the first error; only process 0 says it (`speaks`)."""
+        """Make an error of one process an error of all: every process raises the first one, and only process 0 prints it
+        (`stopping.speaks`).
+
+        Raises:
+            UsageError, TrainingError, SystemFault: the first process that failed inside raised such an error (an OSError becomes
+                a SystemFault). In a run of one process the error itself is raised.
+        """
         failure: Exception | None = None
         try:
             yield
         except (UsageError, TrainingError, OSError) as caught:
             failure = caught
-        found = self.everyone(None if failure is None else (type(failure), _message(failure)))
         if self.control is None and failure is not None:
             raise failure
+        found = self.everyone(None if failure is None else (_kind(failure), _message(failure)))
         for rank, each in enumerate(found):
             if each is not None:
                 kind, text = each
-                error = kind(text if rank == 0 else f"process {rank}: {text}")
-                error.agreed = True  # type: ignore[attr-defined]
-                raise error
+                raise kind(text if rank == 0 else f"process {rank}: {text}", everywhere=True)
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """`make()` in the first process of each machine, then in the others, which find its caches."""
+        """Return `make()`, called in the first process of each machine before the others, which then find its caches."""
         first = self.local_rank == 0
         result: list[T] = []
         for mine in (first, not first):
@@ -101,7 +97,7 @@ class Processes:
         return result[0]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over the processes of a float tensor on the device."""
+        """Return the mean over the processes of a floating-point tensor on the device."""
         if self.group is None:
             return values
         values = values.clone()
@@ -109,7 +105,7 @@ class Processes:
         return values / self.world_size
 
     def least(self, value: torch.Tensor) -> torch.Tensor:
-        """The least over the processes of a tensor on the device."""
+        """Return the minimum over the processes of a tensor on the device."""
         if self.group is None:
             return value
         value = value.clone()
@@ -117,49 +113,40 @@ class Processes:
         return value
 
     def close(self) -> None:
-        """Leave the group: what follows is done by each process alone."""
+        """Leave the process group: from here on each process works alone."""
         if self.group is not None:
             dist.destroy_process_group()
+
+
+def _kind(error: Exception) -> type[FinalError]:
+    """Return the class of the error that all processes raise for `error`."""
+    if isinstance(error, UsageError):
+        return UsageError
+    return TrainingError if isinstance(error, TrainingError) else SystemFault
 
 
 def _message(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def leave(error: BaseException) -> None:
-    """Before the process ends by an `error` that all share: leave the group. For one of its own, others may not answer any more.
-
-    And let go of it: what holds a group until the interpreter's end, as the frames of the error's traceback do, has gloo's
-    threads destroyed as they run ("terminate called without an active exception"): exit code 134, in 5 of 36 processes.
-    """
-    if not getattr(error, "agreed", False) or not (dist.is_available() and dist.is_initialized()):
-        return
-    each: BaseException | None = error
-    while each is not None:
-        traceback.clear_frames(each.__traceback__)
-        each = each.__context__
-    dist.destroy_process_group()
-    gc.collect()
-
-
 def launched() -> bool:
-    """Whether torchrun, or something that sets the same variables, started this process."""
+    """Whether torchrun, or another launcher that sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def speaks(error: BaseException) -> bool:
-    """Whether this process prints an error: process 0 those that all share, and each its own."""
-    alone = not launched() or os.environ["RANK"] == "0"
-    return alone or (dist.is_available() and dist.is_initialized() and not getattr(error, "agreed", False))
-
-
 def join(strategy: str, device: str, batch_size: int, timeout: int, command: str = "train") -> Processes:
-    """Meet the other processes of the run. `strategy` auto is ddp where torchrun started several processes, else single.
+    """Meet the other processes of the run.
 
-    command: of falcon-fast, for what a message tells to type.
+    Args:
+        strategy: auto, single, ddp or fsdp; auto is ddp where torchrun started several processes, else single.
+        device: auto, cpu, cuda or cuda:N.
+        batch_size: images in a step, over all processes.
+        timeout: seconds that a step waits for another process.
+        command: the falcon-fast command that messages tell the user to type.
 
     Raises:
-        UsageError: the strategy and the way of starting do not fit, or the batch or the devices do not divide.
+        UsageError: the strategy does not fit the way in which the processes were started, the batch does not divide into the
+            processes, or a device is missing.
     """
     world_size = int(os.environ["WORLD_SIZE"]) if launched() else 1
     if strategy == "auto":
@@ -167,7 +154,8 @@ def join(strategy: str, device: str, batch_size: int, timeout: int, command: str
     if strategy == "single":
         if world_size > 1:
             raise UsageError(
-                f"--strategy single is for one process, torchrun started {world_size}: use --strategy ddp, or no torchrun"
+                f"--strategy single is for one process, but torchrun started {world_size}: use --strategy ddp, or start without "
+                "torchrun"
             )
         return Processes()
     if not launched():
@@ -183,7 +171,7 @@ def join(strategy: str, device: str, batch_size: int, timeout: int, command: str
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if device.startswith("cuda:"):
         raise UsageError(
-            f"--device {device} is one GPU for {world_size} processes: use --device cuda, which gives each its own"
+            f"--device {device} is one GPU for {world_size} processes: use --device cuda, which gives each process its own"
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if cuda and local > torch.cuda.device_count():
@@ -204,19 +192,23 @@ def join(strategy: str, device: str, batch_size: int, timeout: int, command: str
         )
         control = dist.new_group(backend="gloo", timeout=PREPARATION)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        raise UsageError(f"process {rank} of {world_size} cannot meet the others: {_first_line(error)}") from None
+        raise UsageError(
+            f"process {rank} of {world_size} cannot reach the others: {first_line(error)}; check MASTER_ADDR, MASTER_PORT and "
+            "the network between the machines"
+        ) from None
     world = dist.group.WORLD
     assert world is not None and isinstance(control, dist.ProcessGroup)
     return Processes(rank, world_size, local_rank, world, control, timeout, strategy)
 
 
 def _store() -> dist.Store:
-    """Where the processes find each other.
+    """Return the key-value store in which the processes find each other.
 
     torchrun keeps one store for all of its restarts (seen in torch 2.14: DynamicRendezvousHandler caches it), and its clients no
-    longer put the number of the restart before their names: the processes of the second attempt found addresses of the first
-    and waited for them without end, in one of two trials. On one machine that number is the same for all processes. On
-    several it is not: there torchrun must make a store each time (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, examples/torchrun.sh).
+    longer put the number of the restart before their keys: in one of two trials the processes of the second attempt found
+    addresses of the first attempt and waited for them forever. The prefix here restores that number. On one machine it is the
+    same for all processes. On several machines it is not: there torchrun must make a new store for each attempt
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, examples/torchrun.sh).
     """
     store, _, _ = next(rendezvous("env://"))
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -224,51 +216,6 @@ def _store() -> dist.Store:
     return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class StopAgreement:
-    """Whether any process was asked to stop, with the same answer in all of them at the same step.
-
-    The question goes out at one step's end and is answered at the next one's, so that nobody waits for it: hosts
-    tell each other over gloo, and the device's queue is left alone.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-        self._pending: tuple[torch.Tensor, dist.Work] | None = None
-
-    def __call__(self, requested: bool) -> bool:
-        """At the end of a step, in every process: whether all stop here."""
-        if self._processes.control is None:
-            return requested
-        answer = self.finish()
-        flag = torch.tensor(int(requested), dtype=torch.int32)
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._processes.control, async_op=True)
-        assert work is not None
-        self._pending = (flag, work)
-        return answer
-
-    def finish(self) -> bool:
-        """The answer still under way, if any."""
-        if self._pending is None:
-            return False
-        flag, work = self._pending
-        self._pending = None
-        work.wait(timedelta(seconds=self._processes.timeout))
-        return bool(flag)
-
-
-@contextmanager
-def lost_peers(processes: Processes, kept: Callable[[], str]) -> Iterator[None]:
-    """A collective that fails because another process died or hangs becomes a TrainingError that says what `kept()` says."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if processes.group is None or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
-            raise
-        raise TrainingError(
-            f"process {processes.rank} lost another process ({_first_line(error)[:200]}): training stopped; {kept()}"
-        ) from None

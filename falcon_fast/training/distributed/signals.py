@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 as requests: the step ends, the state is saved, and all processes stop after the same step."""
+"""SIGINT, SIGTERM and SIGUSR1 as requests: the step is completed, the state is saved, and all processes stop after that step."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-# SIGUSR1: what batch systems are asked to send some time before the end.
+# SIGUSR1: batch systems can be told to send it some time before they end a job.
 REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 @contextmanager
 def stop_requests(line: str = "") -> Iterator[Callable[[], bool]]:
-    """Inside, the signals only ask: the yielded function says whether one came. After any of them, SIGINT acts at once.
+    """Turn the signals into requests inside the context. The yielded function tells whether a signal has come.
 
-    line: what the first one puts on stderr at once; a step may take long, the first one of a compiled network a minute.
+    After the first signal, SIGINT acts at once again. SIGTERM and SIGUSR1 stay requests, because they may come repeatedly: a
+    batch system signals a process directly and through torchrun, and again when its patience ends, while the state is being
+    saved.
 
-    The others may come again: a batch system signals a process directly and through torchrun, and again when its patience
-    ends, while the state is being saved.
+    line: is printed to stderr as soon as the first signal comes, because a step may take long (the first step of a compiled
+        network takes a minute).
     """
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield lambda: False
         return
     requested = False
@@ -31,8 +33,8 @@ def stop_requests(line: str = "") -> Iterator[Callable[[], bool]]:
         first, requested = not requested, True
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         if line and first:
-            with suppress(OSError):  # a terminal that is gone, a stderr that is closed
-                os.write(2, f"\n{line}\n".encode())  # not print(), which may be at work just now
+            with suppress(OSError):  # the terminal is gone, or stderr is closed
+                os.write(2, f"\n{line}\n".encode())  # not print(), which this signal may have interrupted
 
     before = {number: signal.getsignal(number) for number in REQUESTS}
     for number in before:

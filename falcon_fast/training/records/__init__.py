@@ -1,1 +1,1 @@
-"""What a run writes down and shows: metrics.csv, TensorBoard's events, the progress line."""
+"""The records of a run: metrics.csv, TensorBoard's events, and the progress display."""

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress line on a terminal, plain lines elsewhere, and the rows of metrics.csv."""
+"""The progress display: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-PLAIN_LINE_EVERY = 10.0  # seconds, where there is no terminal
+PLAIN_LINE_EVERY = 10.0  # seconds between lines, where there is no terminal
 
 
 class TrainingDisplay:
-    """A context that shows the progress of `total_steps`: images/s, MFU, the loss and its terms, codes in use, time left."""
+    """A context that shows how far the run is: epoch, images/s, MFU, the loss and its terms, codes in use, time left.
+
+    Args:
+        total_steps, start_step: optimisation steps of the run, and those that are done already.
+    """
 
     def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
         self._console = console
@@ -42,12 +46,18 @@ class TrainingDisplay:
             self._progress.stop()
 
     def advance(self, step: int) -> None:
-        """`step` steps are done."""
+        """Show that `step` optimisation steps are done."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def show(self, row: Mapping[str, Any], epochs: int) -> None:
-        """A row of metrics.csv was written."""
+        """Show a row of metrics.csv.
+
+        On a terminal every row is shown. Elsewhere a line is printed for every test, at the end, and otherwise every
+        PLAIN_LINE_EVERY seconds.
+
+        epochs: those of the whole run.
+        """
         epoch = f"epoch {row['epoch']:.1f}/{epochs}"
         mfu = "" if row.get("mfu") is None else f", MFU {row['mfu']:.0%}"
         figures = (

@@ -1,6 +1,6 @@
-"""What a run records: a row of metrics.csv and of TensorBoard's events for each logged step, and a line for who watches.
+"""The rows that a run records: in metrics.csv and as TensorBoard's events, one for each logged step.
 
-Between rows nothing asks the device: the metrics of other steps are never read, and times are the host's own.
+Between rows nothing is read from the device: the metrics of other steps are never read, and times are those of the host.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class RunLog:
-    """A context in which process 0 writes RUN/metrics.csv and RUN/tensorboard; in the others, nothing is written."""
+    """A context in which process 0 writes RUN/metrics.csv and RUN/tensorboard. The other processes write nothing."""
 
     def __init__(self, run: Run, directory: Path, start_step: int) -> None:
-        """Keeps what was logged up to `start_step`, which the resumed checkpoint has seen."""
+        """Open the files in `directory`, and keep the rows up to `start_step`, the step of the resumed checkpoint."""
         self._file: MetricsFile | None = None
         self._events: SummaryWriter | None = None
         if not run.processes.main:
@@ -39,7 +39,7 @@ class RunLog:
             self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Both on disk at once. TensorBoard has a scalar for each column that was measured, but for the step itself."""
+        """Write a row to both, on disk at once. TensorBoard gets a scalar for each measured column except the step itself."""
         if self._file is not None:
             self._file.write(row)
         if self._events is not None:
@@ -59,7 +59,7 @@ class RunLog:
 
 
 class Throughput:
-    """Images/s, the share of the time spent waiting for data, and MFU, since the row before."""
+    """Images/s, the share of time spent waiting for data, and model FLOP utilisation (MFU), all since the row before."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._images = run.config.training.batch_size
@@ -67,16 +67,16 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """After a row: what was done for it (a test, say) does not count."""
+        """Start to count again, after a row. Time that was spent on the row itself, for example on a test, does not count."""
         self._since, self._steps, self._waited = time.monotonic(), 0, 0.0
 
     def step(self, waited: float) -> None:
-        """A step was taken, for whose batch the loop waited `waited` seconds."""
+        """Count a step, for whose batch the loop waited `waited` seconds."""
         self._steps += 1
         self._waited += waited
 
     def row(self) -> dict[str, float | None]:
-        """The columns of metrics.csv."""
+        """Return the columns images_per_second, data_wait and mfu of metrics.csv."""
         seconds = time.monotonic() - self._since
         rate = self._steps * self._images / seconds
         mfu = None if self._per_image is None else rate * self._per_image
@@ -84,16 +84,16 @@ class Throughput:
 
 
 def utilisation_per_image(run: Run, say: Callable[[str], None]) -> float | None:
-    """What an image/s is worth in model FLOP utilisation: its FLOP over the peak FLOP/s of all devices of the run.
+    """Return the model FLOP utilisation of one image/s: an image's FLOP, divided by the peak FLOP/s of all devices of the run.
 
-    None where the peak is not known (a CPU, a GPU without a data sheet in `peaks`), and with a line to `say` where the
-    network's FLOP cannot be counted.
+    Returns None if the peak is not known (a CPU, a GPU without a data sheet here), or if the network's FLOP cannot be counted,
+    which is told to `say`.
     """
     if not run.processes.main or (peak := known_rate(run.device, run.precision)) is None:
         return None
     try:
         flop = step_flops(run.config, build_network(run.config, run.source.size), run.source.size).total
-    except Exception as error:  # whatever an operator does that cannot work without numbers
+    except Exception as error:  # an operator may fail in any way when its tensors hold no numbers
         say(
             f"the FLOP of {run.config.model.name} cannot be counted ({str(error).splitlines()[0][:200]}): no MFU is logged"
         )
@@ -102,7 +102,15 @@ def utilisation_per_image(run: Run, say: Callable[[str], None]) -> float | None:
 
 
 def metrics_row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str, Any]:
-    """A row but for timings: means over the processes; codes of the batch that the prior saw (a local one: process 0's share)."""
+    """Return the columns of a row that are not timings. All processes call it together.
+
+    Losses and accuracies are means over the processes. `codes_used` counts the codes in the batch that the prior saw: the global
+    batch, or with a local prior process 0's share.
+
+    Args:
+        step: optimisation steps done.
+        lr_scale: learning rate of the step, as a multiple of the peak.
+    """
     measured = [metrics.loss, metrics.prior, metrics.invariance]
     measured += [] if metrics.probe_accuracy is None else [metrics.probe_accuracy]
     loss, prior, invariance, *accuracy = run.processes.mean(torch.stack(measured)).tolist()

@@ -1,4 +1,4 @@
-"""metrics.csv: one row a logged step."""
+"""metrics.csv: one row for each logged step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# The timings are the last columns, so that two runs with the same seed agree in every column before them.
 TIMINGS = ("images_per_second", "data_wait", "mfu", "seconds")
-
-
-# They stand last, so that two runs of one seed agree in every column before them.
 COLUMNS = (
     "step",
     "epoch",
@@ -29,17 +27,26 @@ COLUMNS = (
 
 
 class MetricsFile:
-    """metrics.csv: a header, then a row for each logged step; empty where a quantity was not measured.
+    """metrics.csv: a header, then one row for each logged step. A quantity that was not measured is empty.
 
-    Columns: step (optimisation steps done), epoch (fractional), loss, prior and invariance (nats, of that step's batch),
-    codes_used (distinct codes in it), lr; on the test split in evaluation mode probe_accuracy (online probe), nmi_codes and
-    test_codes_used; probe_train_accuracy (of the batch, augmented); grad_norm (of the network's gradient, before clipping);
-    since the row before images_per_second, data_wait (share of the time spent waiting for data) and mfu (the model's FLOP,
-    hardware/flops.py, over what the devices could do by their data sheet; empty where that is not known); seconds of training.
+    Columns:
+        step: optimisation steps done.
+        epoch: the same in epochs, fractional.
+        loss, prior, invariance: nats, of this step's batch.
+        codes_used: distinct codes in the batch.
+        lr: learning rate of the network.
+        probe_accuracy, nmi_codes, test_codes_used: online probe and clustering by codes on the test split, in evaluation mode.
+        probe_train_accuracy: of the online probe on this batch, augmented.
+        grad_norm: norm of the network's gradient, before clipping.
+        images_per_second: since the row before.
+        data_wait: share of the time since the row before that was spent waiting for data.
+        mfu: FLOP of the model (hardware/flops.py) since the row before, divided by those that the devices could do according to
+            their data sheets; empty where these are not known.
+        seconds: of training, from its beginning.
     """
 
     def __init__(self, path: Path, keep_until_step: int = 0) -> None:
-        """Opens `path`, keeping the rows up to `keep_until_step`, those that the resumed checkpoint has seen."""
+        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint."""
         kept = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
@@ -54,6 +61,7 @@ class MetricsFile:
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
     def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row, which is on disk when this returns. None and missing columns are empty."""
         text = {k: "" if v is None else f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
         self._writer.writerow(text)
         self._file.flush()
@@ -66,5 +74,5 @@ class MetricsFile:
 
 
 def _whole(row: Mapping[Any, Any]) -> bool:
-    """Whether it has a value for each name of the header, as the last row has not where the disk was full."""
+    """Whether a row has a value for each name of the header. The last row does not if the disk was full."""
     return None not in row and None not in row.values() and row.get("step", "").isdecimal()

@@ -15,7 +15,8 @@ from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import stepper, trainer
 from falcon_fast.training.checkpoints import checkpoint
-from falcon_fast.training.run import LATER_FACTS, Run, prepare, restore
+from falcon_fast.training.checkpoints.restore import LATER_FACTS, restore
+from falcon_fast.training.run import Run, prepare
 
 from ..images import damage, smooth
 

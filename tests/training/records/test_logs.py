@@ -15,9 +15,10 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.hardware.flops import StepFlops
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import stepper, trainer
+from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.records import logs
 from falcon_fast.training.records.metrics_file import COLUMNS
-from falcon_fast.training.run import Run, prepare, restore
+from falcon_fast.training.run import Run, prepare
 from falcon_fast.training.step import StepMetrics
 
 TINY = {

@@ -1,0 +1,188 @@
+"""Everything that the training loop needs around its steps, opened and closed as one context."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from falcon_fast.errors import RunStopped, TrainingError
+from falcon_fast.evaluation.clustering import nmi
+from falcon_fast.evaluation.features import extract_assigned
+from falcon_fast.models.network import FalconNetwork
+from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.saver import Saver
+from falcon_fast.training.compiled import compiler_failures
+from falcon_fast.training.distributed.signals import stop_requests
+from falcon_fast.training.distributed.stopping import StopAgreement, lost_peers
+from falcon_fast.training.inputs import feed_of, photometric_of, quarantine_of, share_bad
+from falcon_fast.training.memory import out_of_memory
+from falcon_fast.training.records.console import TrainingDisplay
+from falcon_fast.training.records.logs import RunLog, Throughput, metrics_row
+from falcon_fast.training.run import Run, seed_process
+from falcon_fast.training.schedule import Schedule
+from falcon_fast.training.step import StepMetrics
+from falcon_fast.training.stepper import stepper
+
+NEVER = 2**62  # larger than the number of any step
+STOPPING = "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without a checkpoint"
+
+
+class Session:
+    """The context of a run's training loop: inputs, log, progress display, checkpoints, stop requests, and the guards that turn
+    failures into clear errors. All processes enter it, and call its methods, together.
+
+    Args:
+        run: the run to train.
+        directory: its run directory.
+        console: where progress and notes are shown.
+        start_step: optimisation steps that are done already.
+        seconds_before: seconds of training that they took.
+    """
+
+    def __init__(self, run: Run, directory: Path, console: Console, start_step: int, seconds_before: float) -> None:
+        config, self._console = run.config, console
+        self._run, self._processes, self._checkpoints = run, run.processes, directory / "checkpoints"
+        photometric = photometric_of(run, self._say)
+        self._quarantine = quarantine_of(run, self._say, directory / "quarantine.csv")
+        self._log = RunLog(run, directory, start_step)
+        if start_step == 0:
+            seed_process(run, 0)
+        self._saver = Saver(self._checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, run.processes)
+        self.schedule = Schedule(config, run.clock.steps_per_epoch, run.total_steps)
+        self._steps = range(start_step, self.schedule.total_steps)
+        self._inputs, views_of = feed_of(run, self._steps, self._quarantine, photometric)
+        self._take_step = stepper(run.learner, views_of, run.device, config.training.cuda_graph)
+        run.network.train()
+        # The first step whose loss was not finite: on the device, so that no step has to wait for it.
+        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)
+        self._throughput = Throughput(run, self._say)
+        self._started, self._seconds_before = time.monotonic(), seconds_before
+        self._agreed = StopAgreement(run.processes)
+        self._display = TrainingDisplay(console, self.schedule.total_steps, start_step)
+
+    def __enter__(self) -> Session:
+        with ExitStack() as opening:  # closes what is open already if something cannot be opened
+            enter = opening.enter_context
+            enter(compiler_failures())
+            enter(out_of_memory(self._run, self._kept))
+            enter(self._run.precision.switches())
+            enter(lost_peers(self._processes, self._kept))
+            enter(closing(self._inputs))
+            enter(self._saver)
+            enter(self._log)
+            self._stop_requested = enter(stop_requests(STOPPING if self._processes.main else ""))
+            enter(self._display)
+            self._open = opening.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._open.__exit__(*exception)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training until now, those before a resume included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def batches(self) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each step (from 1) and the loader's input for it; note how long the loop waited for that."""
+        for _ in self._steps:
+            waiting = time.monotonic()
+            inputs = next(self._inputs)
+            self._throughput.step(time.monotonic() - waiting)
+            yield inputs.step + 1, inputs
+
+    def take_step(self, step: int, inputs: Any) -> StepMetrics:
+        """Take one optimisation step on `inputs`. Nothing waits for the device."""
+        metrics = self._take_step(inputs, self.schedule.lr_scale(step), self.schedule.logs(step))
+        bad = (self._first_bad == NEVER) & ~torch.isfinite(metrics.loss)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+        self._display.advance(step)
+        return metrics
+
+    def stop_agreed(self, step: int) -> bool:
+        """Whether all processes stop after this step, because any of them was asked to; False after the last step."""
+        return self._agreed(self._stop_requested()) and not self.schedule.is_last(step)
+
+    def log(self, step: int, metrics: StepMetrics) -> None:
+        """Write a row of metrics.csv and show it; test the online probe where the schedule says so.
+
+        Raises:
+            TrainingError: a loss was not finite.
+        """
+        run = self._run
+        self._check_finite()
+        row = metrics_row(run, step, metrics, self.schedule.lr_scale(step))
+        row |= self._throughput.row() | {"seconds": self.seconds}
+        if self.schedule.tests(step) and run.probe is not None:
+            run.average_buffers()
+            with run.averaged():
+                network, probe = run.whole()
+                row |= measure_on_test_split(run, network, probe) if self._processes.main else {}
+        self._log.write(row)
+        if self._processes.main:
+            self._display.show(row, run.config.training.epochs)
+        self._throughput.restart()
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, in the background if `checkpoint.asynchronous` says so.
+
+        Raises:
+            TrainingError: a loss was not finite, or this checkpoint, or the one before it, cannot be written.
+        """
+        run = self._run
+        if step > 0:
+            self._check_finite()
+        run.average_buffers()
+        share_bad(self._quarantine, self._processes)
+        extra = run.learner.extra_state()
+        tensors = checkpoint.collect(run.network, run.probe, run.learner.optimizer, extra, rank=self._processes.rank)
+        self._saver.save(step, tensors, {**run.facts, "seconds": self.seconds})
+
+    def stop(self) -> NoReturn:
+        """Wait until the checkpoint is written, and raise RunStopped."""
+        self._saver.wait()
+        self._agreed.finish()
+        raise RunStopped(everywhere=True)
+
+    def finish(self) -> None:
+        """Wait for the question about stopping that is still on its way: the loop is over."""
+        self._agreed.finish()
+
+    def _check_finite(self) -> None:
+        if (bad := int(self._processes.least(self._first_bad))) < NEVER:
+            with suppress(TrainingError):
+                self._saver.wait()  # so that the message names the newest checkpoint
+            raise TrainingError(
+                f"the loss is not finite at step {bad}: training stopped; {self._kept()}", everywhere=True
+            )
+
+    def _kept(self) -> str:
+        found = checkpoint.complete(self._checkpoints)
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def measure_on_test_split(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:
+    """Return the online probe's accuracy and the clustering by codes on the test split, in evaluation mode."""
+    bad: dict[int, str] = {}  # the evaluation reports unreadable images when the run ends
+    seen = extract_assigned(
+        network, run.codes, run.config.tau, run.source.test, run.source, run.device, run.workers, bad
+    )
+    test = run.source.test.without(bad)
+    assert probe is not None and test.labels is not None
+    with torch.inference_mode():
+        predicted = probe(torch.from_numpy(seen.features).to(run.device)).argmax(1).cpu().numpy()
+    return {
+        "probe_accuracy": float((predicted == test.labels).mean()),
+        "nmi_codes": nmi(test.labels, seen.assignments),
+        "test_codes_used": len(set(seen.assignments.tolist())),
+    }

@@ -1,0 +1,75 @@
+"""What surrounds the steps: tests of the test split, finite losses, and the switches of precision."""
+
+from __future__ import annotations
+
+import copy
+import signal
+
+import pytest
+import torch
+
+from falcon_fast.errors import TrainingError
+from falcon_fast.runs.results import load_trained
+from falcon_fast.training import session, stepper, trainer
+from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.distributed import signals
+
+from .tiny import QUIET, start
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
+
+    def diverging(*arguments):
+        calls.append(None)
+        metrics = step_function(*arguments)
+        return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
+
+    monkeypatch.setattr(stepper, "training_step", diverging)
+    with pytest.raises(TrainingError, match="not finite at step 7") as caught:
+        trainer.train(start(directory), directory, QUIET)
+    assert "step-00000005" in str(caught.value)
+    assert [p.name for p in checkpoint.complete(directory / "checkpoints")] == ["step-00000005"]
+
+
+def test_what_is_tested_and_kept_is_the_average(tmp_path, monkeypatch):
+    judged = []
+    test = session.measure_on_test_split
+    monkeypatch.setattr(
+        session, "measure_on_test_split", lambda *a: judged.append(copy.deepcopy(a[1].state_dict())) or test(*a)
+    )
+    directory = tmp_path / "run"
+    run = start(directory, training__epochs=1, optimizer__ema_decay=0.8)
+    trainer.train(run, directory, QUIET)
+    average = run.learner.average.state()
+    (seen,) = judged
+    kept = load_trained(directory, "cpu").network.state_dict()
+    for name, tensor in average.items():
+        assert torch.equal(seen[name], tensor) and torch.equal(kept[name], tensor), name
+    weight = "projector.linear.weight"
+    assert not torch.equal(average[weight], run.network.state_dict()[weight])
+
+
+def test_switches_of_precision_are_the_runs_alone(tmp_path, monkeypatch):
+    seen, step_function = [], stepper.training_step
+
+    def watching(*arguments):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return step_function(*arguments)
+
+    monkeypatch.setattr(stepper, "training_step", watching)
+    before = torch.backends.cudnn.allow_tf32
+    run = start(tmp_path / "run", training__epochs=1, training__precision="float32")
+    trainer.train(run, tmp_path / "run", QUIET)
+    assert set(seen) == {False} and torch.backends.cudnn.allow_tf32 == before
+
+
+def test_what_is_open_is_closed_if_the_rest_cannot_be_opened(tmp_path, monkeypatch):
+    def failing(self):
+        raise OSError(5, "Input/output error")
+
+    run, before = start(tmp_path / "run"), [signal.getsignal(number) for number in signals.REQUESTS]
+    monkeypatch.setattr(session.TrainingDisplay, "__enter__", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        trainer.train(run, tmp_path / "run", QUIET)
+    assert [signal.getsignal(number) for number in signals.REQUESTS] == before
