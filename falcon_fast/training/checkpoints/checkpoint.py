@@ -1,7 +1,7 @@
-"""Checkpoints: torch.distributed.checkpoint directories, written whole or not at all, read as data only (storage.py).
+"""Checkpoints: written whole or not at all, by torch.distributed.checkpoint's plans, and read as data only (storage.py).
 
-`checkpoints/step-00000600/` holds DCP's files, tensors only (network, optimiser, online probe, random state), and `run.json`, the
-facts that a resume must agree with. Every process writes its share, of what all have alike each a part, into one
+`checkpoints/step-00000600/` holds safetensors files (network, optimiser, online probe, random state), their `index.json`, and
+`run.json`, the facts that a resume must agree with. Every process writes its share, of what all have alike each a part, into one
 directory under a temporary name beside its place; process 0 renames it when all are done. So a directory of that name is a
 complete checkpoint whenever a process dies, and any number of processes reads it, each what it needs.
 """
@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from falcon_fast.errors import TrainingError, UsageError
-from falcon_fast.training.checkpoints.storage import Reader, Writer
+from falcon_fast.training.checkpoints.storage import INDEX, Reader, TensorPlanner, Writer, read_json
 from falcon_fast.training.distributed.processes import Processes
 
-FORMAT = 1  # raised when an older reader would misread
+FORMAT = 2  # raised when an older reader would misread
 PREFIX = "step-"
 SHARED_WITHIN = 60.0  # seconds: NFS may show another machine's new file as late as that (acdirmax)
 ALONE = ".*assuming the intent is to .* in a single process"  # DCP's warning that there is no process group
@@ -207,9 +207,14 @@ class Saver:
 
 
 def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints under `directory`, oldest first."""
-    found = [p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file() and (p / "run.json").is_file()]
-    return sorted(found)
+    """Return the complete checkpoints under `directory`, oldest first. Raises UsageError if all have the old format."""
+    found = sorted(p for p in directory.glob(f"{PREFIX}*") if (p / INDEX).is_file() and (p / "run.json").is_file())
+    if not found and (old := sorted(p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file())):
+        raise UsageError(
+            f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
+            "code when it is read: it is not read; train again, or use the version that wrote it"
+        )
+    return found
 
 
 def latest(run: Path) -> Path:
@@ -223,7 +228,7 @@ def latest(run: Path) -> Path:
 def read_facts(path: Path) -> dict[str, Any]:
     """`run.json` of a checkpoint. Raises UsageError when it is damaged or of a newer format."""
     try:
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        facts = read_json(path / "run.json")
         number = int(facts["format"])
         if number <= FORMAT:
             int(facts["step"]), float(facts["seconds"])  # which a resumed run needs
@@ -252,7 +257,7 @@ def load(
     Raises:
         UsageError: the checkpoint is damaged, or belongs to another network.
     """
-    reader = Reader(str(path))
+    reader = Reader(path)
     try:
         stored = reader.stored()
         targets = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
@@ -275,7 +280,7 @@ def load(
                 )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ALONE)
-            dcp.load(targets, storage_reader=reader, no_dist=True)
+            dcp.load(targets, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except UsageError:
         raise
     except (Exception, dcp.CheckpointException) as error:  # CheckpointException is a BaseException

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -72,14 +72,14 @@ def test_the_network_alone_leaves_the_random_state(tmp_path):
     assert torch.equal(other[3].weight, parts[0][3].weight)
 
 
-def test_it_is_an_ordinary_dcp_directory_without_pickled_entries(tmp_path):
+def test_safetensors_alone_reads_what_was_written(tmp_path):
     parts = trained()
     path = save(tmp_path, parts)
-    weight = {"network.3.weight": torch.zeros(5, 16)}
-    dcp.load(weight, checkpoint_id=str(path), no_dist=True)
-    assert torch.equal(weight["network.3.weight"], parts[0][3].weight)
-    stored = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    assert all(type(entry).__name__ == "TensorStorageMetadata" for entry in stored.values())
+    assert {p.name for p in path.iterdir()} == {"index.json", "run.json", "shard-00000.safetensors"}
+    found = load_file(path / "shard-00000.safetensors")
+    assert found.keys() == checkpoint.collect(*parts).keys()
+    for key, value in parts[0].state_dict().items():
+        assert torch.equal(found[f"network.{key}"], value), key
 
 
 def test_only_the_newest_stay_and_latest_is_the_newest(tmp_path):
@@ -112,7 +112,7 @@ def test_an_incomplete_directory_is_no_checkpoint(tmp_path):
     parts = trained()
     save(tmp_path, parts, 1)
     newer = save(tmp_path, parts, 2)
-    (newer / ".metadata").unlink()
+    (newer / "index.json").unlink()
     assert checkpoint.latest(tmp_path).name == "step-00000001"
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
     with pytest.raises(UsageError, match="no complete checkpoint"):
@@ -134,12 +134,12 @@ def test_damage_and_misfits_are_one_line(tmp_path):
         (path / "run.json").write_text(text)
         with pytest.raises(UsageError, match="damaged"):
             checkpoint.read_facts(path)
-    data = next(path.glob("*.distcp"))
+    data = next(path.glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(UsageError, match="damaged") as caught:
         checkpoint.load(path, parts[0])
     assert "\n" not in str(caught.value)
-    (path / ".metadata").write_bytes(b"junk")
+    (path / "index.json").write_bytes(b"junk")
     with pytest.raises(UsageError, match="damaged"):
         checkpoint.load(path, parts[0])
 
@@ -196,7 +196,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_save(tmp_path, monkeyp
 def test_what_killed_processes_left_goes_at_the_start(tmp_path):
     for name in (".step-00000007.host-1.partial", ".step-00000001.old.host-1.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
+        (tmp_path / name / "shard-00000.safetensors").write_bytes(b"half")
     with checkpoint.Saver(tmp_path, 1):
         assert list(tmp_path.iterdir()) == []
 
@@ -308,7 +308,7 @@ def test_one_process_reads_what_two_wrote_sharded(two):
     checkpoint.load(folder / "checkpoints" / "step-00000002", *parts, extra={"average.weight": average})
     assert_equal(whole(checkpoint.collect(*parts, extra={"average.weight": average})), saved[0][0])
     files = {p.name for p in (folder / "checkpoints" / "step-00000002").iterdir()}
-    assert files == {".metadata", "run.json", "__0_0.distcp", "__1_0.distcp"}
+    assert files == {"index.json", "run.json", "shard-00000.safetensors", "shard-00001.safetensors"}
 
 
 def test_a_share_that_cannot_be_written_is_no_checkpoint_and_all_know(two):
@@ -331,40 +331,14 @@ class _Payload:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_hostile_metadata_file_runs_nothing(tmp_path):
-    parts = trained()
-    path = save(tmp_path, parts)
+def test_a_checkpoint_of_the_old_format_is_refused_unread(tmp_path):
+    path = tmp_path / "checkpoints" / "step-00000003"
+    path.mkdir(parents=True)
     (path / ".metadata").write_bytes(pickle.dumps(_Payload(tmp_path / "owned")))
-    with pytest.raises(UsageError, match="no place in a checkpoint"):
-        checkpoint.load(path, parts[0])
+    (path / "run.json").write_text(json.dumps({"format": 1, "step": 3, "seconds": 1.0}))
+    for ask in (lambda: checkpoint.latest(tmp_path), lambda: checkpoint.complete(path.parent)):
+        with pytest.raises(UsageError, match="can run code when it is read: it is not read"):
+            ask()
+    with pytest.raises(UsageError, match="damaged"):
+        checkpoint.load(path, trained()[0])
     assert not (tmp_path / "owned").exists()
-
-
-def test_a_pickled_entry_is_refused(tmp_path):
-    parts = trained()
-    tensors = {**checkpoint.collect(*parts), "network.extra": _Payload(tmp_path / "owned")}
-    path = tmp_path / "evil"
-    dcp.save(tensors, checkpoint_id=str(path), no_dist=True)
-    with pytest.raises(UsageError, match="not a tensor"):
-        checkpoint.load(path, parts[0])
-    assert not (tmp_path / "owned").exists()
-
-
-def test_attributes_are_read_of_the_memory_format_alone(tmp_path):
-    """Some releases of Python pickle an enumeration's member as getattr(class, name)."""
-
-    class Getattr:
-        def __init__(self, *arguments):
-            self.arguments = arguments
-
-        def __reduce__(self):
-            return getattr, self.arguments
-
-    encoding = dcp.metadata._MEM_FORMAT_ENCODING
-    path = tmp_path / "pickle"
-    path.write_bytes(pickle.dumps(Getattr(encoding, "TORCH_CHANNELS_LAST")))
-    with path.open("rb") as file:
-        assert storage.MetadataUnpickler(file).load() is encoding.TORCH_CHANNELS_LAST
-    path.write_bytes(pickle.dumps(Getattr(dcp.metadata.Metadata, "__init__")))
-    with path.open("rb") as file, pytest.raises(pickle.UnpicklingError, match="no place"):
-        storage.MetadataUnpickler(file).load()
