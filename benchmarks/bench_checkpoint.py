@@ -66,7 +66,7 @@ def test_save(table, tmp_path, case, asynchronous) -> None:
                 during += meanwhile
                 waits.append(waited)
                 written.append(time.perf_counter() - start)
-    size_mb = sum(f.stat().st_size for f in tmp_path.rglob("*.distcp")) / 1e6
+    size_mb = sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors")) / 1e6
     usual = statistics.median(without)
     row = {
         "case": case,

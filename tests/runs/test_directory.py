@@ -47,7 +47,7 @@ def checkpointed(directory: Path) -> None:
     """Something that looks like a complete checkpoint."""
     path = directory / "checkpoints" / "step-00000003"
     path.mkdir(parents=True)
-    (path / ".metadata").touch()
+    (path / "index.json").touch()
     (path / "run.json").touch()
 
 

@@ -144,6 +144,6 @@ def test_a_stopped_run_says_how_to_continue_it_if_it_can_be(tmp_path):
     assert start.how_to_continue(tmp_path) == "stopped; no checkpoint had been written"
     path = tmp_path / "checkpoints" / "step-00000003"
     path.mkdir(parents=True)
-    for name in (".metadata", "run.json"):
+    for name in ("index.json", "run.json"):
         (path / name).touch()
     assert start.how_to_continue(tmp_path).endswith(f"continue with: falcon-fast train --resume {tmp_path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +10,13 @@ from typing import Any
 import numpy as np
 
 from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.pickled_arrays import read_pickled_arrays
 from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler for CIFAR's original batches: dicts of bytes and numpy arrays. It refuses all other globals, so no code runs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a CIFAR batch")
 
 
 @dataclass(frozen=True)
@@ -84,9 +71,10 @@ def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
                 rows = np.fromfile(path, np.uint8).reshape(-1, kind.label_bytes + 3072)
                 label, image = rows[:, kind.label_bytes - 1], rows[:, kind.label_bytes :]
             else:
-                with path.open("rb") as file:
-                    batch = _ArrayUnpickler(file, encoding="bytes").load()
-                label, image = np.asarray(batch[kind.label_key]), np.asarray(batch[b"data"])
+                batch = read_pickled_arrays(path.read_bytes())
+                label, image = _labels(batch[kind.label_key]), batch[b"data"]
+                if not isinstance(image, np.ndarray):
+                    raise ValueError("no array of images")
             if image.dtype != np.uint8 or image.shape != (len(label), 3072) or label.ndim != 1 or not len(label):
                 raise ValueError(f"{image.dtype} images of shape {image.shape} and {label.size} labels")
             if not (np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() < kind.classes):
@@ -99,6 +87,17 @@ def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
         pixels.append(image)
     images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return Split(ImageArray(np.ascontiguousarray(images)), np.concatenate(labels).astype(np.int64))
+
+
+def _labels(found: Any) -> np.ndarray:
+    """The labels of a batch, a list of whole numbers or an array. (numpy would walk through lists of lists without end.)"""
+    if isinstance(found, list):
+        if not all(type(label) is int for label in found):
+            raise ValueError("labels that are not whole numbers")
+        found = np.array(found, np.int64)
+    if not isinstance(found, np.ndarray):
+        raise ValueError("no list of labels")
+    return found
 
 
 def _original(kind: _Cifar, root: Path) -> tuple[Path, Split, Split] | None:
@@ -147,8 +146,8 @@ def _fine_names(place: Path) -> tuple[str, ...]:
         if (listed := place / "fine_label_names.txt").is_file():
             names = listed.read_text(encoding="utf-8").split()
         else:
-            with (place / "meta").open("rb") as file:
-                names = [name.decode() for name in _ArrayUnpickler(file, encoding="bytes").load()[b"fine_label_names"]]
+            content = read_pickled_arrays((place / "meta").read_bytes())
+            names = [name.decode() for name in content[b"fine_label_names"]]
         if len(set(names)) == 100:
             return tuple(names)
     except Exception:  # unpickling damaged data may raise anything; the names are for display only

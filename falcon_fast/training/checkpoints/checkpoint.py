@@ -1,13 +1,13 @@
-"""What a checkpoint holds, and how it is found and read: a directory of torch.distributed.checkpoint (DCP), data only.
+"""What a checkpoint holds, and how it is found and read. It is data only: no code of a file is run.
 
-`checkpoints/step-00000600/` holds DCP's files, with tensors only (network, optimiser, online probe, random state), and
-`run.json`, the facts that must be the same when the run is resumed. A directory of that name is always complete, because it is
-written under another name and renamed (saver.py). Any number of processes can read it, each what it needs.
+`checkpoints/step-00000600/` holds the tensors (network, optimiser, online probe, random state) as safetensors files with their
+`index.json` (storage.py), and `run.json`, the facts that must be the same when the run is resumed. A directory of that name is
+always complete, because it is written under another name and renamed (saver.py). Any number of processes can read it, each what
+it needs.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from falcon_fast.errors import UsageError
-from falcon_fast.training.checkpoints.storage import Reader
+from falcon_fast.training.checkpoints.storage import INDEX, Reader, TensorPlanner, read_json
 
-FORMAT = 1  # is raised when an older reader would misunderstand a checkpoint
+FORMAT = 2  # is raised when an older reader would misunderstand a checkpoint
 PREFIX = "step-"
 ALONE = ".*assuming the intent is to .* in a single process"  # DCP warns so when there is no process group
 
@@ -60,9 +60,14 @@ def _random_states(rank: int) -> dict[str, torch.Tensor]:
 
 
 def complete(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in `directory`, oldest first."""
-    found = [p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file() and (p / "run.json").is_file()]
-    return sorted(found)
+    """Return the complete checkpoints in `directory`, oldest first. Raises UsageError if all have the old, unsafe format."""
+    found = sorted(p for p in directory.glob(f"{PREFIX}*") if (p / INDEX).is_file() and (p / "run.json").is_file())
+    if not found and (old := sorted(p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file())):
+        raise UsageError(
+            f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
+            "code when it is read, so it is not read: train again, or use the version that wrote it"
+        )
+    return found
 
 
 def latest(run: Path) -> Path:
@@ -76,7 +81,7 @@ def latest(run: Path) -> Path:
 def read_facts(path: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint's run.json. Raises UsageError if it is damaged or has a newer format."""
     try:
-        facts: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        facts: dict[str, Any] = read_json(path / "run.json")
         number = int(facts["format"])
         if number <= FORMAT:
             int(facts["step"]), float(facts["seconds"])  # a resumed run needs both
@@ -105,7 +110,7 @@ def load(
     Raises:
         UsageError: the checkpoint is damaged, or belongs to another network.
     """
-    reader = Reader(str(path))
+    reader = Reader(path)
     try:
         stored = reader.stored()
         targets = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
@@ -129,7 +134,7 @@ def load(
                 )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=ALONE)
-            dcp.load(targets, storage_reader=reader, no_dist=True)
+            dcp.load(targets, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except UsageError:
         raise
     except (Exception, dcp.CheckpointException) as error:  # CheckpointException is a BaseException

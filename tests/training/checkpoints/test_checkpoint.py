@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 
 from falcon_fast.errors import UsageError
@@ -47,21 +49,38 @@ def test_the_network_alone_leaves_the_random_state(tmp_path):
     assert torch.equal(other[3].weight, parts[0][3].weight)
 
 
-def test_it_is_an_ordinary_dcp_directory_without_pickled_entries(tmp_path):
+def test_safetensors_alone_reads_what_was_written(tmp_path):
     parts = trained()
     path = save(tmp_path, parts)
-    weight = {"network.3.weight": torch.zeros(5, 16)}
-    dcp.load(weight, checkpoint_id=str(path), no_dist=True)
-    assert torch.equal(weight["network.3.weight"], parts[0][3].weight)
-    stored = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-    assert all(type(entry).__name__ == "TensorStorageMetadata" for entry in stored.values())
+    assert {p.name for p in path.iterdir()} == {"index.json", "run.json", "shard-00000.safetensors"}
+    found = load_file(path / "shard-00000.safetensors")
+    assert found.keys() == checkpoint.collect(*parts).keys()
+    for key, value in parts[0].state_dict().items():
+        assert torch.equal(found[f"network.{key}"], value), key
+
+
+def test_a_checkpoint_of_the_old_format_is_refused_unread(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    path = tmp_path / "checkpoints" / "step-00000003"
+    path.mkdir(parents=True)
+    (path / ".metadata").write_bytes(pickle.dumps(Payload()))
+    (path / "run.json").write_text(json.dumps({"format": 1, "step": 3, "seconds": 1.0}))
+    for ask in (lambda: checkpoint.latest(tmp_path), lambda: checkpoint.complete(path.parent)):
+        with pytest.raises(UsageError, match="can run code when it is read, so it is not read"):
+            ask()
+    with pytest.raises(UsageError, match="damaged"):
+        checkpoint.load(path, trained()[0])
+    assert not (tmp_path / "owned").exists()
 
 
 def test_an_incomplete_directory_is_no_checkpoint(tmp_path):
     parts = trained()
     save(tmp_path, parts, 1)
     newer = save(tmp_path, parts, 2)
-    (newer / ".metadata").unlink()
+    (newer / "index.json").unlink()
     assert checkpoint.latest(tmp_path).name == "step-00000001"
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")
     with pytest.raises(UsageError, match="no complete checkpoint"):
@@ -83,12 +102,12 @@ def test_damage_and_misfits_are_one_line(tmp_path):
         (path / "run.json").write_text(text)
         with pytest.raises(UsageError, match="damaged"):
             checkpoint.read_facts(path)
-    data = next(path.glob("*.distcp"))
+    data = next(path.glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(UsageError, match="damaged") as caught:
         checkpoint.load(path, parts[0])
     assert "\n" not in str(caught.value)
-    (path / ".metadata").write_bytes(b"junk")
+    (path / "index.json").write_bytes(b"junk")
     with pytest.raises(UsageError, match="damaged"):
         checkpoint.load(path, parts[0])
 

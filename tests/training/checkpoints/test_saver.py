@@ -88,7 +88,7 @@ def test_an_error_in_the_background_is_raised_at_the_next_save(tmp_path, monkeyp
 def test_what_killed_processes_left_goes_at_the_start(tmp_path):
     for name in (".step-00000007.host-1.partial", ".step-00000001.old.host-1.partial"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
+        (tmp_path / name / "shard-00000.safetensors").write_bytes(b"half")
     with Saver(tmp_path, 1):
         assert list(tmp_path.iterdir()) == []
 
@@ -200,7 +200,7 @@ def test_one_process_reads_what_two_wrote_sharded(two):
     checkpoint.load(folder / "checkpoints" / "step-00000002", *parts, extra={"average.weight": average})
     assert_equal(whole(checkpoint.collect(*parts, extra={"average.weight": average})), saved[0][0])
     files = {p.name for p in (folder / "checkpoints" / "step-00000002").iterdir()}
-    assert files == {".metadata", "run.json", "__0_0.distcp", "__1_0.distcp"}
+    assert files == {"index.json", "run.json", "shard-00000.safetensors", "shard-00001.safetensors"}
 
 
 def test_a_share_that_cannot_be_written_is_no_checkpoint_and_all_know(two):
