@@ -32,7 +32,7 @@ def test_relative_links_and_images_exist(page: Path) -> None:
         path, _, anchor = target.partition("#")
         place = (page.parent / path).resolve() if path else page
         assert place.is_relative_to(ROOT), target
-        assert place.is_file(), f"{name_of(page)} links to {target}, which does not exist"
+        assert place.exists(), f"{name_of(page)} links to {target}, which does not exist"
         if anchor:
             assert anchor in anchors(place), f"{name_of(page)} links to {target}, which has no such heading"
 
