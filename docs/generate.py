@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import re
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ CHOICES = {
     "fsdp.param_dtype": config.PARAM_DTYPES,
 }
 
-# For settings that config.py leaves without a comment.
+# Where config.py has no comment, or one that leads to another place of that file.
 MEANINGS = {
     "data.augmentation": "which random views are made; see the [table](recipes.md#augmentations)",
     "loss.codes": "kind of dictionary",
@@ -66,6 +67,7 @@ MEANINGS = {
     "optimizer.weight_decay": "decoupled for adamw, L2 for adam, sgd and lars",
     "optimizer.warmup_epochs": "epochs of linear warm-up; then half a cosine to 0",
     "probe.lr": "peak learning rate of the online probe",
+    "training.precision": "how products are computed, see [precision](../how-to/precision.md)",
     "training.epochs": "passes over the training images",
     "training.seed": "of weights, dictionary, order and views",
     "training.device": "where to train: `auto`, `cpu`, `cuda` or `cuda:N`",
@@ -128,6 +130,7 @@ def settings_page() -> str:
         for f in dataclasses.fields(cls):
             name = f"{section}.{f.name}"
             meaning = MEANINGS.get(name) or comments.get(name)
+            meaning = re.sub(r":? ?\bone of [A-Z_]+", "", meaning) if meaning and name in CHOICES else meaning
             if meaning is None:
                 raise SystemExit(f"{name} has no comment in falcon_fast/config.py and no text in docs/generate.py")
             if name in CHOICES:
@@ -154,6 +157,8 @@ def _option_row(option: click.Option, context: click.Context) -> tuple[str, ...]
         default = "required"
     elif isinstance(option.default, str | int | float) and not option.is_flag:
         default = f"`{option.default}`"
+    elif isinstance(option.show_default, str):
+        default = option.show_default
     elif option.name in OPTION_KEYS:
         default = "from the recipe"
     return names, value, default, option.help or MEANINGS.get(OPTION_KEYS.get(option.name or "", ""), "")
