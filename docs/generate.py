@@ -75,7 +75,9 @@ MEANINGS = {
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text for a cell of a table: on one line, without bars, and without anything that looks like an HTML tag outside of code."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
