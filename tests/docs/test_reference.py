@@ -89,6 +89,9 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 20
-    for page in pages:  # nothing is loaded from elsewhere
-        loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?:[^"]+)', page.read_text(encoding="utf-8"))
-        assert not loaded, f"{page.name} loads {loaded[0]}"
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?:[^"]+)', text)
+        assert not loaded, f"{page.name} loads {loaded[0]} from elsewhere"
+        for target in re.findall(r'(?:src|href)="([^"#:]+)(?:#[^"]*)?"', text) if page.name != "404.html" else ():
+            assert (page.parent / target).exists(), f"{page.name} leads to {target}, which is not in the site"
