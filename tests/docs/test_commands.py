@@ -186,7 +186,7 @@ def check_other(words: list[str]) -> None:
             elif word.startswith("--"):
                 assert f'"{word}"' in conftest, word
             else:
-                assert word in ("-m", "slow", "-k", "-x", "-q"), word
+                assert word in ("-m", "slow", "-n", "auto", "-k", "-x", "-q"), word
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 
