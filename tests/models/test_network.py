@@ -93,7 +93,7 @@ print(max(float((mine.grad - right.grad).norm() / right.grad.norm()) for mine, r
 def test_narrow_networks_have_the_gradient_of_a_strided_shortcut() -> None:
     done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-3
+    assert float(done.stdout) < 0.02  # rounding flips ReLUs: .004; the fault: .08 to .2
 
 
 def test_resnet8_is_a_residual_network() -> None:
