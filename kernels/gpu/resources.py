@@ -25,6 +25,7 @@ from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statisti
 from falcon_fast.kernels.gpu.projector.projector import gradients, normalise
 from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
 from falcon_fast.kernels.gpu.views.crops import crop_views
+from falcon_fast.kernels.spec import LossSpec
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ programming guide
@@ -89,7 +90,7 @@ def launches(shape: tuple[int, int, int, bool, str], architecture: int, prior: s
     h1, h2 = (torch.empty(n, f, device="meta") for _ in range(2))
     words = torch.empty(c // f if is_hadamard else c, -(-f // 32), dtype=torch.int32, device="meta")
     with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
-        _, parts = falcon_loss_parts(h1, h2, words, c, is_hadamard, 13.9, 1.0, prior, None, plan, None, True)
+        _, parts = falcon_loss_parts(h1, h2, words, LossSpec(c, is_hadamard, 13.9, prior=prior, plan=plan))
         assert parts is not None
         combine(parts.parts, parts.quantum, torch.empty((), device="meta"), torch.float32)
     # In a process group the columns' two halves are launches of their own.

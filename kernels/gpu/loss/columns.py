@@ -20,12 +20,13 @@ from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.loss.plan import TILE
 from falcon_fast.kernels.gpu.loss.rows import RowState
 from falcon_fast.kernels.gpu.tiles import LN_2
+from falcon_fast.kernels.spec import LossSpec
 
 BLOCK = 4096  # logits at a time
 
 
 class Scales(NamedTuple):
-    """The settings of a loss as the kernels take them; `log_rows` is of the rows of all processes, whose mean counts."""
+    """The settings of a loss as the kernels take them: log2 of c, log2 of the number of rows of all processes, and the rest."""
 
     log_c: float
     log_rows: float
@@ -34,8 +35,8 @@ class Scales(NamedTuple):
     forward: bool
 
     @staticmethod
-    def of(n: int, c: int, tau: float, beta: float, prior: str, world_size: int) -> Scales:
-        return Scales(math.log2(c), math.log2(n * world_size), beta, tau, prior == "forward")
+    def of(n: int, spec: LossSpec) -> Scales:
+        return Scales(math.log2(spec.c), math.log2(n * spec.world_size), spec.beta, spec.tau, spec.forward)
 
 
 class ColumnState:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 
@@ -25,6 +24,7 @@ from falcon_fast.kernels.gpu.loss.plan import HadamardPlan
 from falcon_fast.kernels.gpu.loss.rows import RowState, merge_rows
 from falcon_fast.kernels.gpu.loss.transform import back, block_flips, flipped_rows, transformed
 from falcon_fast.kernels.gpu.tiles import hadamard_columns, hadamard_matrix
+from falcon_fast.kernels.spec import LossSpec
 
 # Units that the largest |dZ| of a row may take: the first product of the way back adds up to 64 of them in fp16.
 TARGET = 512.0
@@ -252,22 +252,13 @@ def gradient_kernel(
 
 
 def hadamard_loss(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    tau: float,
-    beta: float,
-    prior: str,
-    group: dist.ProcessGroup | None,
-    plan: HadamardPlan,
-    with_gradient: bool,
+    h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, spec: LossSpec, plan: HadamardPlan
 ) -> tuple[Readings, Parts | None]:
-    """Loss and gradient parts of embeddings (N, f) for the blocks' packed signs `words` (c/f, ceil(f/32))."""
+    """Return loss and gradient parts of embeddings (N, f) for the packed signs `words` (c/f, ceil(f/32)) of the blocks."""
     n, f = h1.shape
-    device, blocks = h1.device, c // f
-    scales = Scales.of(n, c, tau, beta, prior, 1 if group is None else dist.get_world_size(group))
-    h, scale, norm = cast_embeddings(h1, h2, tau, n, f, paired=False)
+    c, group, device, blocks = spec.c, spec.group, h1.device, spec.c // f
+    scales = Scales.of(n, spec)
+    h, scale, norm = cast_embeddings(h1, h2, spec.tau, n, f, paired=False)
     shape = {"A": plan.a, "B": plan.b}
 
     rows = RowState.empty(n, device)
@@ -352,7 +343,7 @@ def hadamard_loss(
     )
     if group is not None:
         readings = readings._replace(codes_used=count_used(state.used, c, group))
-    if not with_gradient:
+    if not spec.with_gradient:
         return readings, None
 
     parts = torch.empty(plan.gradient_splits, 2 * n, f, device=device)
