@@ -14,13 +14,6 @@ ABSENT = -1e30
 TILE = 128
 
 
-def unpack(words: torch.Tensor, f: int) -> torch.Tensor:
-    """int32 (rows, ceil(f/32)) into float32 (rows, f) of -1 and +1."""
-    shifts = torch.arange(32, dtype=torch.int32)
-    bits = ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :f]
-    return bits.float().mul_(2).sub_(1)
-
-
 def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
     """The transform along the last dimension, a power of two, by Sylvester's matrix: entry (i, j) is (-1)^popcount(i & j)."""
     f = x.shape[-1]

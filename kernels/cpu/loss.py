@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from falcon_fast.kernels.collectives import count_flagged
 from falcon_fast.kernels.cpu.sweeps import Columns, Views, sweeps_for
 from falcon_fast.kernels.spec import NO_GRADIENTS, LossSpec, operator_schema, save_gradient
 
@@ -37,8 +38,7 @@ def _count_used(arguments: torch.Tensor, c: int, group: dist.ProcessGroup | None
         return torch.tensor(torch.unique(arguments).numel())
     used = torch.zeros(c, dtype=torch.int32)
     used[arguments] = 1
-    dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
-    return used.sum()
+    return count_flagged(used, group)
 
 
 def loss_and_gradient(

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
+from falcon_fast.kernels.collectives import log_sum_over
 from falcon_fast.kernels.cpu import fallback
 from falcon_fast.kernels.cpu.extension import StripKernels, compiled, cpu_extension
 from falcon_fast.kernels.cpu.plan import TILE, Plan, dense_plan, hadamard_plan, own_products, padded
+from falcon_fast.kernels.signs import unpack_signs
 from falcon_fast.kernels.spec import LossSpec
 
 SMALLEST_FWHT = 16  # the widest vector
@@ -82,12 +84,7 @@ class _DenseInTorch:
         self.dh = torch.zeros_like(self.h)
 
     def _codes(self, first: int, count: int) -> torch.Tensor:
-        words = self.words[first : first + count]
-        if cpu_extension is None:
-            return fallback.unpack(words, self.f)
-        signs = torch.empty(count, self.f)
-        compiled().unpack_signs(words, signs)
-        return signs
+        return unpack_signs(self.words[first : first + count], self.f)
 
     def logits(self, z: torch.Tensor, first: int, count: int) -> None:
         z[:, :, count:] = fallback.ABSENT
@@ -114,7 +111,7 @@ class _HadamardInTorch(_DenseInTorch):
         self.dh += (fallback.walsh_hadamard(blocks) * self._signs(first, count)).sum(2)
 
     def _signs(self, first: int, count: int) -> torch.Tensor:
-        return fallback.unpack(self.words[first // self.f : (first + count) // self.f], self.f)
+        return unpack_signs(self.words[first // self.f : (first + count) // self.f], self.f)
 
 
 class _Strips:
@@ -158,7 +155,8 @@ class _Strips:
             self.ops.strip_columns(z, terms, columns.peak, columns.log_sum, first, self.threads)
             if group is not None:
                 # Strip by strip, so that the logits of a strip serve for a as well: they cost more than the call.
-                _log_sum_over(group, columns.log_sum[:, first : first + count])
+                here = columns.log_sum[:, first : first + count]
+                here.copy_(log_sum_over(group, here))
             strip_sums = self.ops.prior_columns(
                 columns.peak,
                 columns.log_sum,
@@ -203,7 +201,8 @@ class _Hadamard:
             *self.arguments, terms, *outputs, a, log_rows, forward, group is None, self.threads
         )
         if group is not None:
-            _log_sum_over(group, columns.log_sum[:, :c])
+            whole = columns.log_sum[:, :c]
+            whole.copy_(log_sum_over(group, whole))
             width = columns.peak.shape[1]
             sums = self.ops.prior_columns(
                 columns.peak, columns.log_sum, log_rows, c, forward, 0, width, columns.weight, columns.q
@@ -245,12 +244,3 @@ def sweeps_for(views: Views, words: torch.Tensor, spec: LossSpec) -> _Strips | _
     if cpu_extension is None:
         return _Strips(_HadamardInTorch(views, words, spec.tau, threads), n, spec, chosen, threads)
     return _Hadamard(views, words, spec, chosen, threads)
-
-
-def _log_sum_over(group: torch.distributed.ProcessGroup, log_sum: torch.Tensor) -> None:
-    """Replace log_sum by ln of the sum of exp(log_sum) over the processes of the group."""
-    maximum = log_sum.clone()
-    torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX, group=group)
-    total = torch.exp(log_sum - maximum)
-    torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group=group)
-    log_sum.copy_(torch.log(total) + maximum)

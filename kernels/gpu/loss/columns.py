@@ -16,6 +16,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from falcon_fast.kernels.collectives import log_sum_over
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.loss.plan import TILE
 from falcon_fast.kernels.gpu.loss.rows import RowState
@@ -51,6 +52,11 @@ class ColumnState:
         self.log_pbar = torch.empty(2, padded_c, device=device)
         self.prior = torch.empty(2, self.strips, device=device)
         self.used = torch.empty(padded_c if grouped else self.strips, dtype=torch.int32, device=device)
+
+    def reduce_log_pbar(self, group: dist.ProcessGroup, first: int, count: int) -> None:
+        """Replace this process's share of log2 pbar by that of the group, for the codes [first, first + count)."""
+        here = self.log_pbar[:, first : first + count]
+        here.copy_(log_sum_over(group, here, base=2))
 
 
 @triton.jit
@@ -212,19 +218,3 @@ def columns(
         ROWS=BLOCK // strip,
         num_warps=8,
     )
-
-
-def log_sum_over(group: dist.ProcessGroup, log_sum: torch.Tensor) -> None:
-    """In place: log2 of the sum over the group's processes of 2^log_sum (all-reduce of the maximum, then of the sum)."""
-    maximum = log_sum.clone()
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    total = torch.exp2(log_sum - maximum)
-    dist.all_reduce(total, dist.ReduceOp.SUM, group=group)
-    torch.add(torch.log2(total), maximum, out=log_sum)
-
-
-def count_used(used: torch.Tensor, c: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """How many codes any process of the group uses, from a flag a code."""
-    flags = used[:c]
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-    return flags.sum()

@@ -6,13 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from falcon_fast.kernels.collectives import count_flagged
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.loss.columns import (
     ColumnState,
     Scales,
     accumulated,
-    count_used,
-    log_sum_over,
     prior_gradient,
     prior_of,
 )
@@ -324,7 +323,7 @@ def hadamard_loss(
         columns(sums=True, terms=True)
     else:
         columns(sums=True, terms=False)
-        log_sum_over(group, state.log_pbar[:, :c])
+        state.reduce_log_pbar(group, 0, c)
         columns(sums=False, terms=True)
     quantum, readings = torch.empty(2, 2, n, device=device), Readings.empty(device)
     finish(
@@ -342,7 +341,7 @@ def hadamard_loss(
         target=TARGET,
     )
     if group is not None:
-        readings = readings._replace(codes_used=count_used(state.used, c, group))
+        readings = readings._replace(codes_used=count_flagged(state.used[:c], group))
     if not spec.with_gradient:
         return readings, None
 

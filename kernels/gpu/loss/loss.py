@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 import torch
 
+from falcon_fast.kernels.collectives import count_flagged
 from falcon_fast.kernels.gpu.launch import device_facts
 from falcon_fast.kernels.gpu.loss import hadamard, transform, tuning
-from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, columns, count_used, log_sum_over
+from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, columns
 from falcon_fast.kernels.gpu.loss.cost import choose, nearest_device
 from falcon_fast.kernels.gpu.loss.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.loss.finish import Parts, Readings, finish
@@ -117,7 +118,7 @@ def dense_loss(
             columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=True)
         else:
             columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=False)
-            log_sum_over(group, state.log_pbar[:, first : first + count])
+            state.reduce_log_pbar(group, first, count)
             columns(d, maxima, rows, state, partial, first, count, scales, sums=False, terms=True)
         finish(
             partial,
@@ -135,7 +136,7 @@ def dense_loss(
         )
         del partial
     if group is not None:
-        readings = readings._replace(codes_used=count_used(state.used, c, group))
+        readings = readings._replace(codes_used=count_flagged(state.used[:c], group))
     if not spec.with_gradient:
         return readings, None
 

@@ -29,6 +29,7 @@ def level(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(sweeps, "cpu_extension", None)
         monkeypatch.setattr("falcon_fast.kernels.cpu.plan.cpu_extension", None)
+        monkeypatch.setattr("falcon_fast.kernels.signs.cpu_extension", None)
         yield "torch"
         return
     best = cpu_extension.level()
