@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from falcon_fast.config import TrainingConfig
+from falcon_fast.kernels.torch_private import cpu_multiplies_bfloat16, cpu_multiplies_float16
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,9 @@ def _native_on_gpu() -> bool:
 
 def native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    # Not torch.cpu.get_capabilities(), which is newer than the oldest torch supported.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_multiplies_bfloat16()
 
 
 def native_float16() -> bool:
     """Whether this CPU multiplies float16 in hardware (AVX-512 FP16, AMX FP16, or Arm's), as oneDNN sees it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return cpu_multiplies_float16()

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol  # the collectives that torch.compile takes into its graph
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from falcon_fast.kernels.torch_private import BatchNormBase as _BatchNorm
+from falcon_fast.kernels.torch_private import functional_collectives
+
+funcol = functional_collectives()
 
 
 class PerView:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from falcon_fast.kernels import why_no_triton
+from falcon_fast.kernels.torch_private import process_group_named
 
 ACTIVATIONS = ("tanh", "l2")
 OUTPUT_DTYPES = (torch.float32, torch.float16)
@@ -138,9 +139,7 @@ class FalconProjector(nn.Module):
             return None
         name = getattr(self.norm, "group_name", None)
         if name is not None:
-            from torch.distributed.distributed_c10d import _resolve_process_group
-
-            group: dist.ProcessGroup | None = _resolve_process_group(name)
+            group: dist.ProcessGroup | None = process_group_named(name)
         elif isinstance(self.norm, nn.SyncBatchNorm):
             group = self.norm.process_group or dist.group.WORLD
         else:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from falcon_fast.kernels.torch_private import foreach_lerp_
+
 
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weights, after each step, of all parameters and floating-point buffers.
@@ -40,7 +42,7 @@ class WeightAverage:
         """Take in the weights of the step that has just been made."""
         for names in self._names:
             average = [self._average[name] for name in names]
-            torch._foreach_lerp_(average, [self._live[name] for name in names], 1 - self.decay)
+            foreach_lerp_(average, [self._live[name] for name in names], 1 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The averages themselves, by the network's names: to save, or to restore in place."""

@@ -34,7 +34,7 @@ def resize_crops(images: Sequence[np.ndarray], boxes: np.ndarray, flips: np.ndar
     return torch.from_numpy(out)
 
 
-def augment_views(
+def augment_views_cpp(
     images: torch.Tensor,
     factors: torch.Tensor,
     order: torch.Tensor,

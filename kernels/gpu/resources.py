@@ -23,7 +23,7 @@ from falcon_fast.kernels.gpu.loss.gradient import combine
 from falcon_fast.kernels.gpu.loss.loss import falcon_loss_parts
 from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.projector.projector import gradients, normalise
-from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
+from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views_triton
 from falcon_fast.kernels.gpu.views.crops import crop_views
 from falcon_fast.kernels.spec import LossSpec
 
@@ -126,7 +126,7 @@ def augmentation_launches(shape: tuple[int, int, Recipe, torch.dtype, bool], arc
     packed, column = torch.empty(n, 11, device="meta"), torch.empty(3, device="meta")
     flag = packed[:, 9] > 0
     with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
-        augment_views(images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype)
+        augment_views_triton(images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype)
     return found
 
 

@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels.torch_private import checkpoint_memory_formats, checkpoint_storage_info
+
+_StorageInfo = checkpoint_storage_info()
+_MEM_FORMAT_ENCODING = checkpoint_memory_formats()
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -41,9 +45,9 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def _member(enumeration: Any, name: str) -> Any:
-    if enumeration is not dcp_metadata._MEM_FORMAT_ENCODING:
+    if enumeration is not _MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError(f"{enumeration}.{name} has no place in a checkpoint")
-    return dcp_metadata._MEM_FORMAT_ENCODING[name]
+    return _MEM_FORMAT_ENCODING[name]
 
 
 class Reader(FileSystemReader):

@@ -214,7 +214,7 @@ def finish(
         finish_kernel,
         (ceil_div(n, FINISHED_ROWS), 2),
         partial,
-        rows.prior,
+        rows.a,
         rows.sum,
         rows.cross,
         norm,

@@ -129,7 +129,7 @@ def dz_in_place(
         rows.maximum,
         rows.sum,
         rows.cross,
-        rows.prior,
+        rows.a,
         quantum,
         state.log_pbar[:, first:],
         n,

@@ -355,7 +355,7 @@ def hadamard_loss(
         rows.maximum,
         rows.sum,
         rows.cross,
-        rows.prior,
+        rows.a,
         quantum,
         state.log_pbar,
         parts,

@@ -23,18 +23,18 @@ MERGED_TILES = 64
 
 
 class RowState(NamedTuple):
-    """Per view and row (2, N): M, s, sum_j exp2(y_v) y_other (x is it over s), argmax (int32), and a."""
+    """Per view and row, (2, N) float32: M, s, sum_j exp2(y_v) y_other (x is this over s), argmax (int32), a = sum_j P g."""
 
     maximum: torch.Tensor
     sum: torch.Tensor
     cross: torch.Tensor
     argmax: torch.Tensor
-    prior: torch.Tensor
+    a: torch.Tensor
 
     @staticmethod
     def empty(n: int, device: torch.device) -> RowState:
-        maximum, total, cross, prior = (torch.empty(2, n, device=device) for _ in range(4))
-        return RowState(maximum, total, cross, torch.empty(2, n, dtype=torch.int32, device=device), prior)
+        maximum, total, cross, a = (torch.empty(2, n, device=device) for _ in range(4))
+        return RowState(maximum, total, cross, torch.empty(2, n, dtype=torch.int32, device=device), a)
 
 
 @triton.jit

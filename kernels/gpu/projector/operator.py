@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.projector.projector import gradients, normalise, product
+from falcon_fast.kernels.torch_private import process_group_named
 
 __all__ = ["Averages", "triton_projector"]
 
 
-def _group(name: Any) -> dist.ProcessGroup | None:
-    return _resolve_process_group(name) if name else None
+def _group(name: str) -> dist.ProcessGroup | None:
+    return process_group_named(name) if name else None
 
 
 @torch.library.custom_op("falcon_fast::projector_product", mutates_args=())

@@ -309,7 +309,7 @@ def blur_columns_kernel(
             finish_channel(b_x, invert, threshold, p_mean, p_std, p_view, o, m, CHANNEL, SOLARIZE)
 
 
-def augment_views(
+def augment_views_triton(
     images: torch.Tensor,
     factors: torch.Tensor,
     order: torch.Tensor,
