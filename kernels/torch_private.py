@@ -102,7 +102,7 @@ def schema_of(operator: Any) -> Any:
 
 def storage_id(x: torch.Tensor) -> int:
     """Return a number that tensors share if they share their storage, with or without memory behind it. 2.11, 2.14.1."""
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -159,14 +159,16 @@ def why_no_extension() -> str | None:
     if cpu_extension is not None or _error is None:
         return None
     if not isinstance(_error, ModuleNotFoundError) or _error.name != MODULE:
-        return f"the compiled module cannot be loaded: {_error}"
+        return f"the compiled module of the C++ kernels cannot be loaded ({_error}); run pip install again"
     built = _built_elsewhere()
     if built is not None:
         return (
-            f"Python imports falcon_fast from the source tree {KERNELS.parent}, and the compiled module is in {built}: "
-            "run it from another directory, or install with pip install -e ."
+            f"Python imports falcon_fast from the source tree at {KERNELS.parent}, but its compiled module is in {built}; "
+            "start Python in another directory, or install with pip install -e ."
         )
-    return "they were not built, as there was no C++ compiler at installation: install one, then run pip install again"
+    return (
+        "the C++ kernels were not built, as there was no C++ compiler at installation; with one, run pip install again"
+    )
 
 
 def _built_elsewhere() -> Path | None:

@@ -126,7 +126,9 @@ def augmentation_launches(shape: tuple[int, int, Recipe, torch.dtype, bool], arc
     packed, column = torch.empty(n, 11, device="meta"), torch.empty(3, device="meta")
     flag = packed[:, 9] > 0
     with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
-        augment_views_triton(images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype)
+        augment_views_triton(
+            images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype
+        )
     return found
 
 

@@ -62,10 +62,3 @@ def test_where_triton_does_not_run_the_reason_is_named(monkeypatch):
         kernels.loss_implementations(cuda) == ("reference",)
         and kernels.why_no_triton(cuda) == "triton is not installed"
     )
-
-
-def test_an_extension_older_than_the_code_is_said():
-    from falcon_fast.kernels.cpu.extension import Compiled
-
-    with pytest.raises(RuntimeError, match=r"older than the code and have no brand_new: run pip install"):
-        Compiled(kernels.cpu_extension).brand_new(1)

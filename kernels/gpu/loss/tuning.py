@@ -52,7 +52,7 @@ def milliseconds(
     found = TileStatistics(n, count, h.device)
     codes = ceil_to(min(EXPANDED_CODES, count * TILE), tiles.codes) if tiles.expanded else 0
     expanded = torch.empty(codes, padded[1], dtype=torch.float16, device=h.device)
-    times = []
+    times: list[float] = []
     try:
         for _ in range(ROUNDS + 2):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

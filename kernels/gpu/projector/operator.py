@@ -222,5 +222,7 @@ def triton_projector(
         else:
             assert averages is not None
             statistics = running_statistics_op(averages.mean, averages.variance, bias, eps)
-    h, _ = projector_op(features, weight, bias, gamma, beta, x, statistics, row_norm, dtype, product_dtype, name)
-    return h
+    outputs: tuple[torch.Tensor, torch.Tensor] = projector_op(
+        features, weight, bias, gamma, beta, x, statistics, row_norm, dtype, product_dtype, name
+    )
+    return outputs[0]
