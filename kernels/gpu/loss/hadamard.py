@@ -1,4 +1,4 @@
-"""The loss for Hadamard codes: every sweep forms the logits anew by a fast transform (transform.py), nothing is stored."""
+"""The loss for Hadamard codes: every sweep computes the logits again by a fast transform (transform.py); none are stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from falcon_fast.kernels.gpu.loss.transform import back, block_flips, flipped_ro
 from falcon_fast.kernels.gpu.tiles import hadamard_columns, hadamard_matrix
 from falcon_fast.kernels.spec import LossSpec
 
-# Units that the largest |dZ| of a row may take: the first product of the way back adds up to 64 of them in fp16.
+# Units that the largest |dZ| of a row may take: the first product of the transform back adds up to 64 of them in fp16.
 TARGET = 512.0
 
 
@@ -82,7 +82,7 @@ def rows_kernel(
         b_y2 = b_z2 - b_new2[:, None]
         b_before1 = tl.exp2(b_max1 - b_new1)
         b_before2 = tl.exp2(b_max2 - b_new2)
-        # -inf - (-inf) of the first block: there is nothing to move then.
+        # In the first block this is -inf - (-inf), and there is no sum to move.
         b_moved1 = tl.where(b_sum1 > 0, (b_max2 - b_new2) * b_sum1, 0.0)
         b_moved2 = tl.where(b_sum2 > 0, (b_max1 - b_new1) * b_sum2, 0.0)
         b_e = tl.exp2(b_y1)
