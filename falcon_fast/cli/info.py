@@ -14,7 +14,7 @@ from falcon_fast import __version__
 from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.precision import choose_precision
-from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_triton
+from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_extension, why_no_triton
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
 
@@ -41,12 +41,10 @@ def report() -> Iterator[str]:
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         precision, _ = choose_precision(TrainingConfig(precision="bf16"), torch.device(kind))
         yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"
-    built = (
-        f"built, running {cpu_extension.level()}"
-        if cpu_extension
-        else "not built (there was no C++ compiler at installation): PyTorch does their work, more slowly"
-    )
-    yield f"C++ kernels: {built}"
+    if cpu_extension is not None:
+        yield f"C++ kernels: built, running {cpu_extension.level()}"
+    else:
+        yield f"C++ kernels: not in use, PyTorch does their work more slowly: {why_no_extension()}"
     triton = why_no_triton(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield f"Triton kernels: {'not used: ' + triton if triton else 'run here'}"
     yield "recipes:"

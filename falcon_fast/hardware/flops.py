@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from falcon_fast.config import Config
+from falcon_fast.kernels.torch_private import FakeTensorMode
 
 
 class StepFlops(NamedTuple):

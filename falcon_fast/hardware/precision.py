@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from falcon_fast.config import TrainingConfig
+from falcon_fast.kernels.torch_private import cpu_multiplies_bfloat16, cpu_multiplies_float16
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,9 @@ def _native_on_gpu() -> bool:
 
 def native_bfloat16() -> bool:
     """Check whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
-    # Not torch.cpu.get_capabilities(): the oldest supported torch does not have it.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_multiplies_bfloat16()
 
 
 def native_float16() -> bool:
     """Check whether this CPU multiplies float16 in hardware (AVX-512 FP16, AMX FP16 or Arm's), according to oneDNN."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return cpu_multiplies_float16()

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from falcon_fast.kernels.torch_private import BatchNormBase as _BatchNorm
 from falcon_fast.models.normalization import NormalizeOverGroup, NormalizeViews
 
 

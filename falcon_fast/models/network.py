@@ -15,8 +15,8 @@ from falcon_fast.objective.codes import Codes
 CIFAR_STEM_UP_TO = 64
 
 
-# oneDNN's backward pass of a strided 1x1 convolution in channels_last, as torch 2.14 calls it, overruns memory below this number of
-# input channels: segmentation faults, or gradients that are wrong by 8 to 20 %.
+# oneDNN's backward pass of a strided 1x1 convolution in channels_last, as torch 2.14 calls it, overruns memory below this number
+# of input channels: segmentation faults, or gradients that are wrong by 8 to 20 %.
 NARROWEST_STRIDED = 16
 
 

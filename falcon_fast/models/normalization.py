@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol  # collectives that torch.compile can include in its graph
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from falcon_fast.kernels.torch_private import functional_collectives
+
+funcol = functional_collectives()  # collectives that torch.compile can include in its graph
 
 
 class NormalizeViews(torch.autograd.Function):

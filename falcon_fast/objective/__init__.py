@@ -1,4 +1,4 @@
-"""The method: dictionaries of codes, the projector, the loss. Imports nothing of the package but the kernels."""
+"""The method: dictionaries of codes, the projector, the temperature, the loss. Of the package it imports only the kernels."""
 
 from falcon_fast.objective.codes import HadamardCodes, RademacherCodes
 from falcon_fast.objective.loss import FalconLoss, FalconLossOutput, falcon_loss

@@ -2,16 +2,16 @@
 
 Both kinds are stored as sign bits, 32 to an int32 word: bit b of word k is feature 32 k + b, a set bit is +1, padding is
 0. The bits come from numpy's Philox counter generator through `random_raw`, whose stream numpy promises to keep, so that a
-seed gives the same dictionary on every machine and in every version. The words live in a non-persistent buffer: they move
-with `.to(device)` and stay out of checkpoints, where the seed stands for them (the published code stores float32, 128 MiB
+seed gives the same dictionary on every machine and in every version. The words are kept in a non-persistent buffer: they move
+with `.to(device)` and are not written to checkpoints, which store the seed instead (the published code stores float32, 128 MiB
 at f = 2048, c = 16384; the bits are 4 MiB).
 
-* `RademacherCodes`: independent signs; any two codes have a cosine of about 1/sqrt(f). What the paper uses.
-* `HadamardCodes`: W = [D_1 H, D_2 H, ...] with Sylvester's Hadamard matrix H and a diagonal D_k of random signs a block.
-  Codes of one block are exactly orthogonal, W W^T = c I exactly, and f signs a block of f codes are all that is stored.
+* `RademacherCodes`: independent signs, as in the paper; any two codes have a cosine of about 1/sqrt(f).
+* `HadamardCodes`: W = [D_1 H, D_2 H, ...] with Sylvester's Hadamard matrix H and a diagonal D_k of random signs for each block.
+  Codes of one block are exactly orthogonal, W W^T = c I exactly, and only f signs are stored for each block of f codes.
 
-Coherence, cosines of two codes times sqrt(f), measured over all pairs at f = 2048, c = 16384: Rademacher 1.00 root mean square
-and 5.9 at most; Hadamard 0 within a block, 1.00 and 4.3 between blocks. At f = 512, c = 8192: 1.00, 6.0; 1.00, 4.4.
+Coherence (the cosine of two codes times sqrt(f)), measured over all pairs at f = 2048, c = 16384: Rademacher 1.00 root mean
+square, 5.9 maximum; Hadamard 0 within a block, 1.00 and 4.3 between blocks. At f = 512, c = 8192: 1.00, 6.0; 1.00, 4.4.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from falcon_fast.kernels import pack_signs, unpack_signs
 
 
 def _random_sign_words(seed: int, rows: int, f: int) -> torch.Tensor:
-    """int32 (rows, ceil(f/32)): the packed signs of `rows` codes of width f, from the Philox stream of `seed`."""
+    """Return the packed signs of `rows` codes of width f from the Philox stream of `seed`, int32 (rows, ceil(f/32))."""
     if seed < 0:
         raise ValueError(f"the seed of the codes must not be negative, not {seed}")
     words_per_row = -(-f // 32)
@@ -42,7 +42,7 @@ def _random_sign_words(seed: int, rows: int, f: int) -> torch.Tensor:
 
 
 class _Codes(nn.Module):
-    """What both dictionaries share: their shape (f, c), the packed words, and how they print."""
+    """The base of both dictionaries: the shape (f, c), the packed words, and the printed form."""
 
     words: torch.Tensor
 
@@ -68,13 +68,13 @@ class RademacherCodes(_Codes):
     Args:
         f: width of a code, at least 1.
         c: number of codes, at least 2.
-        seed: of the Philox stream, not negative. The same seed gives the same codes everywhere.
+        seed: seed of the Philox stream, not negative. The same seed gives the same codes everywhere.
 
     Attributes:
         words: int32 (c, ceil(f/32)), packed signs; a non-persistent buffer.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, f: int, c: int, seed: int = 0) -> None:
@@ -83,10 +83,10 @@ class RademacherCodes(_Codes):
 
     @classmethod
     def from_dense(cls, codes: torch.Tensor) -> Self:
-        """The dictionary whose columns are given: `codes` (f, c) of any real dtype, every entry -1 or +1.
+        """Return the dictionary whose columns are given: `codes` (f, c) of any real dtype, every entry -1 or +1.
 
         Raises:
-            ValueError: not a matrix, fewer than 2 codes, or an entry other than -1 and +1.
+            ValueError: if `codes` is not a matrix, has fewer than 2 columns, or has an entry other than -1 and +1.
         """
         if codes.dim() != 2:
             raise ValueError(f"dense codes must be a matrix (f, c), not of shape {tuple(codes.shape)}")
@@ -99,25 +99,25 @@ class RademacherCodes(_Codes):
         return self
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The dictionary W, (f, c) of -1 and +1 in `dtype`, on the device of the words (a transposed view)."""
+        """Return the dictionary W, (f, c) of -1 and +1 in `dtype`, on the device of the words (a transposed view)."""
         return unpack_signs(self.words, self.f, dtype).T
 
 
 class HadamardCodes(_Codes):
-    """c / f blocks of f codes, each block Sylvester's Hadamard matrix with the signs of its rows flipped at random.
+    """c / f blocks of f codes; each block is Sylvester's Hadamard matrix with the signs of its rows flipped at random.
 
     Code k f + j is D_k H[:, j]: feature i has the sign d_k[i] (-1)^popcount(i & j).
 
     Args:
         f: width of a code, a power of two.
         c: number of codes, a multiple of f, at least 2.
-        seed: of the Philox stream, not negative.
+        seed: seed of the Philox stream, not negative.
 
     Attributes:
         words: int32 (c/f, ceil(f/32)), the packed signs d_k of each block; a non-persistent buffer.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, f: int, c: int, seed: int = 0) -> None:
@@ -129,7 +129,7 @@ class HadamardCodes(_Codes):
         super().__init__(f, c, _random_sign_words(seed, c // f, f), seed)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The dictionary W, (f, c) of -1 and +1 in `dtype`, on the device of the words."""
+        """Return the dictionary W, (f, c) of -1 and +1 in `dtype`, on the device of the words."""
         hadamard = torch.ones(1, 1, dtype=dtype, device=self.words.device)
         while hadamard.shape[0] < self.f:
             hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])

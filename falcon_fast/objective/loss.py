@@ -1,4 +1,4 @@
-"""The public door to the loss: one function, one module, every implementation behind them."""
+"""The public entry to the loss, `falcon_loss` and `FalconLoss`. It checks the arguments and calls one of the implementations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from falcon_fast.kernels import IMPLEMENTATIONS, loss_implementations, why_no_triton
-from falcon_fast.kernels.cpu.loss import Dictionary, Objective, cpu_loss
+from falcon_fast.kernels.cpu.loss import cpu_loss
+from falcon_fast.kernels.spec import LossSpec
 from falcon_fast.objective.codes import Codes, HadamardCodes
 from falcon_fast.objective.reference import PEAK_COPIES, reference_loss
 
@@ -19,13 +20,13 @@ PLANS = ("auto", "stored", "streaming")
 
 
 class FalconLossOutput(NamedTuple):
-    """What `falcon_loss` returns: 0-d tensors on the device of the embeddings.
+    """The result of `falcon_loss`: 0-d tensors on the device of the embeddings.
 
     Attributes:
-        loss: prior + beta * invariance, differentiable (once); the others are for reading and carry no gradient.
-        prior: divergence of the mean assignment from uniform, mean of the two views.
-        invariance: cross-entropy between the views' assignments, mean of both directions, not weighted by beta.
-        codes_used: int64, the number of distinct codes that are some row's argmax in either view.
+        loss: prior + beta * invariance; differentiable once. The other three are for reading and carry no gradient.
+        prior: divergence of the mean assignment from uniform, averaged over the two views.
+        invariance: cross-entropy between the views' assignments, averaged over both directions, not weighted by beta.
+        codes_used: int64, the number of distinct codes that are the argmax of at least one row in either view.
     """
 
     loss: torch.Tensor
@@ -47,31 +48,32 @@ def falcon_loss(
     plan: str = "auto",
     memory_budget: int | None = None,
 ) -> FalconLossOutput:
-    """The FALCON objective of a batch seen in two views (equations: `falcon_fast/objective/reference.py`).
+    """Compute the FALCON objective of a batch seen in two views (equations: `falcon_fast/objective/reference.py`).
 
     Args:
-        h1, h2: embeddings (N, f) of the two views, N >= 1, one float dtype and device. float16 and bfloat16 are computed in
-            float32; float32 and float64 in themselves.
+        h1, h2: embeddings (N, f) of the two views, N >= 1, of one float dtype and on one device. float16 and bfloat16 embeddings
+            are computed in float32; float32 and float64 embeddings in their own dtype.
         codes: the dictionary, on the same device.
-        tau: the run's temperature, positive (see `temperature`).
+        tau: the temperature of the run, positive (see `temperature`).
         beta: weight of the invariance term, not negative.
-        prior: `reverse`, KL(pbar || uniform), the published code; `forward`, KL(uniform || pbar), the first paper.
-        group: None for this process alone. With a process group the mean assignment and the codes in use are over the group,
-            every process bringing N rows; the gradient is then right after the usual mean over processes.
-        implementation: `auto`, the fastest for the device; or a name, as `falcon-fast info` lists them. `reference` is
-            the eager mathematics, and what `auto` takes for float64 and for GPUs older than sm_80. `cpu` (`kernels/cpu/loss.py`)
-            and `triton` (`kernels/gpu/loss/loss.py`) form the gradient in the forward pass and never hold the N x c matrices.
-        plan: what those two do with the N x c logits of a dense dictionary: `stored` keeps them once, in 2 bytes; `streaming`
-            forms them anew in each of three sweeps (twice the arithmetic, no N x c memory at all); `auto` stores where the
-            budget allows. Hadamard codes are always streamed. The reference takes `auto` only.
-        memory_budget: bytes beyond inputs and dictionary that forward and backward may hold at their peak. None: no limit, and
-            `auto` stores the logits where all together takes at most 256 MiB (`cpu`) or 4 GiB (`triton`).
+        prior: `reverse`, KL(pbar || uniform), as in the published code; `forward`, KL(uniform || pbar), as in the first paper.
+        group: None for this process alone. With a process group, the mean assignment and the codes in use are those of the whole
+            group, where every process holds N rows. The gradient is then correct after the usual mean over the processes.
+        implementation: `auto` takes the fastest for the device. Otherwise a name from the list of `falcon-fast info`. `reference`
+            is the eager mathematics; `auto` takes it for float64 and for GPUs older than sm_80. `cpu`
+            (`kernels/cpu/loss.py`) and `triton` (`kernels/gpu/loss/loss.py`) form the gradient in the forward pass and never
+            hold the N x c matrices.
+        plan: what `cpu` and `triton` do with the N x c logits of a dense dictionary. `stored` keeps them once, in 2 bytes each.
+            `streaming` computes them again in each of three sweeps (twice the arithmetic, no N x c memory at all). `auto` stores
+            them if the budget allows it. Logits of Hadamard codes are always streamed. The reference accepts `auto` only.
+        memory_budget: number of bytes beyond the inputs and the dictionary that forward and backward may hold at their peak.
+            None: no limit, and `auto` stores the logits if everything together takes at most 256 MiB (`cpu`) or 4 GiB (`triton`).
 
     Returns:
         FalconLossOutput(loss, prior, invariance, codes_used).
 
     Raises:
-        ValueError: shapes, dtypes, devices or settings that do not fit together, or a budget that cannot be kept.
+        ValueError: if shapes, dtypes, devices or settings do not fit together, or if the budget cannot be kept.
     """
     _check_embeddings(h1, h2, codes)
     if not (math.isfinite(tau) and tau > 0):
@@ -83,23 +85,33 @@ def falcon_loss(
     if plan not in PLANS:
         raise ValueError(f"unknown plan {plan!r}: choose one of {', '.join(PLANS)}")
     implementation = _resolve(implementation, h1)
-    hadamard = isinstance(codes, HadamardCodes)
+    spec = LossSpec(
+        c=codes.c,
+        is_hadamard=isinstance(codes, HadamardCodes),
+        tau=tau,
+        beta=beta,
+        prior=prior,
+        group_name="" if group is None else group.group_name,
+        plan=plan,
+        memory_budget=memory_budget,
+        with_gradient=torch.is_grad_enabled() and (h1.requires_grad or h2.requires_grad),
+    )
     if implementation == "cpu":
-        dictionary = Dictionary(codes.words, codes.f, codes.c, hadamard)
-        return FalconLossOutput(*cpu_loss(h1, h2, dictionary, Objective(tau, beta, prior, group), plan, memory_budget))
+        return FalconLossOutput(*cpu_loss(h1, h2, codes.words, spec))
     if implementation == "triton":
         from falcon_fast.kernels.gpu.loss.operator import triton_loss
 
-        return FalconLossOutput(
-            *triton_loss(h1, h2, codes.words, codes.c, hadamard, tau, beta, prior, group, plan, memory_budget)
-        )
+        return FalconLossOutput(*triton_loss(h1, h2, codes.words, spec))
     if plan != "auto":
-        raise ValueError(f"the reference has no plan {plan!r}: choose auto, or another implementation")
-    return _reference(h1, h2, codes, tau, beta, prior, group, memory_budget)
+        raise ValueError(f"the reference implementation has no plan {plan!r}: choose auto, or another implementation")
+    return _reference(h1, h2, codes, spec, group)
 
 
 def _resolve(implementation: str, h: torch.Tensor) -> str:
-    """The implementation that computes for embeddings like `h`; ValueError for one that does not exist or does not run here."""
+    """Return the implementation that computes the loss of embeddings like `h`.
+
+    Raises ValueError if the implementation does not exist or does not run on their device or in their dtype.
+    """
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}: choose auto or one of {', '.join(IMPLEMENTATIONS)}"
@@ -121,24 +133,18 @@ def _resolve(implementation: str, h: torch.Tensor) -> str:
 
 
 def _reference(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    codes: Codes,
-    tau: float,
-    beta: float,
-    prior: str,
-    group: dist.ProcessGroup | None,
-    memory_budget: int | None,
+    h1: torch.Tensor, h2: torch.Tensor, codes: Codes, spec: LossSpec, group: dist.ProcessGroup | None
 ) -> FalconLossOutput:
     dtype = h1.dtype if h1.dtype in (torch.float32, torch.float64) else torch.float32
     peak = PEAK_COPIES * h1.shape[0] * codes.c * dtype.itemsize
-    if memory_budget is not None and peak > memory_budget:
+    if spec.memory_budget is not None and peak > spec.memory_budget:
         raise ValueError(
-            f"the reference needs about {peak / 2**20:.0f} MiB for N = {h1.shape[0]} and c = {codes.c}, "
-            f"over the budget of {memory_budget / 2**20:.0f} MiB: raise it, or lower the batch or the number of codes"
+            f"the reference implementation needs about {peak / 2**20:.0f} MiB for N = {h1.shape[0]} and c = {codes.c}, more "
+            f"than the budget of {spec.memory_budget / 2**20:.0f} MiB: raise it, or lower the batch or the number of codes"
         )
     with torch.autocast(h1.device.type, enabled=False):  # logits reach ln(1/epsilon) sqrt(n): no half-precision product
-        loss, *readings = reference_loss(h1.to(dtype), h2.to(dtype), codes.dense(dtype), tau, beta, prior, group)
+        w = codes.dense(dtype)
+        loss, *readings = reference_loss(h1.to(dtype), h2.to(dtype), w, spec.tau, spec.beta, spec.prior, group)
     return FalconLossOutput(loss, *(reading.detach() for reading in readings))
 
 
@@ -158,10 +164,10 @@ def _check_embeddings(h1: torch.Tensor, h2: torch.Tensor, codes: Codes) -> None:
 
 
 class FalconLoss(nn.Module):
-    """`falcon_loss` with its dictionary and settings bound: `FalconLoss(codes, tau)(h1, h2) -> FalconLossOutput`.
+    """`falcon_loss` as a module that holds the dictionary and the settings: `FalconLoss(codes, tau)(h1, h2)`.
 
-    Takes the arguments of `falcon_loss`; the dictionary is a sub-module, so `.to(device)` moves it, and nothing of it enters
-    a state dict.
+    The arguments are those of `falcon_loss`, and `forward` returns the same `FalconLossOutput`. The dictionary is a submodule, so
+    `.to(device)` moves it; nothing of it is written to a state dict.
     """
 
     def __init__(

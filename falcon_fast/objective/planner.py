@@ -1,4 +1,4 @@
-"""The loss on a GPU explained before it runs: the plans and what each would cost, and whether the softmax starts frozen."""
+"""The plans for the loss on a GPU, what each would cost, and why one is chosen; nothing is run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def explain(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> Iterator[str]:
-    """Lines that show the candidates and say why one is chosen."""
+    """Yield lines that show the candidates and say why one is chosen (arguments as those of `candidates`)."""
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
     yield f"loss of {n} images, f = {f}, {c:,} {codes} codes on {device.name}, forward and backward; budget {budget >> 20:,} MiB"
     yield f"{'plan':10} {'TFLOP':>8} {'traffic GB':>10} {'predicted ms':>12} {'peak MiB':>9}"
@@ -32,9 +32,9 @@ def explain(n: int, f: int, c: int, codes: str, device: Device, memory_budget: i
     best = choose(n, f, c, codes, device, memory_budget)
     others = [x for x in candidates(n, f, c, codes, device, memory_budget)[:-1] if x.name != best.name]
     if not best.fits:
-        yield f"chosen: {best.name}, which holds least; the budget is too small even for it"
+        yield f"chosen: {best.name}, which needs the least memory; the budget is too small even for it"
     elif not others:
-        yield f"chosen: {best.name}: logits are formed anew faster than they could be read back"
+        yield f"chosen: {best.name}: computing the logits again is faster than reading them back"
     elif others[0].fits:
         yield f"chosen: {best.name}, predicted {others[0].seconds / best.seconds:.1f} times as fast as {others[0].name}"
     else:

@@ -1,4 +1,4 @@
-"""The projector: backbone features to embeddings that a code can be compared with."""
+"""The projector: maps the features of the backbone to embeddings that can be compared with codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from falcon_fast.kernels import why_no_triton
+from falcon_fast.kernels.torch_private import process_group_named
 
 ACTIVATIONS = ("tanh", "l2")
 OUTPUT_DTYPES = (torch.float32, torch.float16)
@@ -21,29 +22,30 @@ class FalconProjector(nn.Module):
 
     Args:
         in_features: width of the backbone's features.
-        f: width of an embedding, that of a code.
+        f: width of the embeddings and of the codes.
         activation: `tanh` (ICML version and published code), entries in (-1, 1); or `l2` (first version), rows of length
             sqrt(f / temperature_batch), so that a row on a code has the logit ln((1 - epsilon (c-1)) / epsilon).
-        temperature_batch: the n of the temperature (see `temperature`). `l2` needs it; `tanh` does not depend on it.
-        output_dtype: float32; or float16, half the bytes, which loses the loss nothing on a GPU (it rounds embeddings to float16
-            there anyway). Their gradient is float16 too, and needs a GradScaler. Never bfloat16: its embeddings alone
-            cost 5e-3 to 2e-2 of relative gradient error in the loss, more the sharper the softmax.
-        implementation: `torch`, layer by layer; `triton`, all that follows the linear product in two or three kernels, and its
-            gradient likewise, keeping only the product (`kernels/gpu/projector/`); `auto`, `triton` on GPUs from sm_80 on.
+        temperature_batch: batch size in the temperature formula (see `temperature`). `l2` needs it; `tanh` does not depend on it.
+        output_dtype: float32; or float16, which takes half the bytes and costs the loss no accuracy on a GPU (there it rounds
+            embeddings to float16 anyway). The gradient of the embeddings is then float16 too, and needs a GradScaler. bfloat16 is
+            not offered: it alone causes a relative gradient error of 5e-3 to 2e-2 in the loss, more for a sharper softmax.
+        implementation: `torch` computes layer by layer. `triton` computes everything after the linear product in two or three
+            kernels, and its gradient likewise, and keeps only the product (`kernels/gpu/projector/`). `auto` takes `triton` on
+            GPUs from sm_80 on.
 
-    `forward` takes features (N, in_features) of any float dtype and returns embeddings (N, f) in `output_dtype`, under autocast
-    too. `torch` computes in float32 throughout. `triton` multiplies in float32 or, under autocast, in its dtype on the tensor
-    cores, like the layers before it; the sums come out, and are normalised, in float32: a float16 x would round the deviations
-    of a column with a large mean away, and overflow beyond 65504.
+    `forward` takes features (N, in_features) of any float dtype and returns embeddings (N, f) in `output_dtype`, also under
+    autocast. `torch` computes in float32 throughout. `triton` multiplies in float32 or, under autocast, in the autocast dtype on
+    the tensor cores, like the layers before it. Its sums are float32 and are normalised in float32: a float16 x would lose the
+    deviations of a column with a large mean, and would overflow beyond 65504.
 
-    Both keep what BatchNorm is: parameters and state dict of `linear` and `norm`, evaluation by running averages, statistics
-    per view after `per_view_batchnorm`, and over a process group after `sync_batchnorm` (or torch's SyncBatchNorm). `triton`
-    reads the two layers' settings without calling them, so their hooks do not run. In training the linear bias moves nothing
-    but the running mean, and its gradient is exactly zero with `triton` (rounding errors with `torch`).
+    Both behave as BatchNorm does: `linear` and `norm` have the usual parameters and state dict; evaluation uses the running
+    averages; statistics are per view after `per_view_batchnorm`, and over a process group after `sync_batchnorm` (or with torch's
+    SyncBatchNorm). `triton` reads the settings of the two layers without calling them, so their hooks do not run. In training the
+    linear bias changes only the running mean; its gradient is exactly zero with `triton`, and rounding errors with `torch`.
 
     Raises:
-        ValueError: an argument out of range, an unknown activation, dtype or implementation, `l2` without `temperature_batch`;
-            in `forward`, a batch that BatchNorm cannot train on, or `triton` where it does not run.
+        ValueError: if an argument is out of range, if the activation, dtype or implementation is unknown, or if `l2` has no
+            `temperature_batch`; in `forward`, if BatchNorm cannot train on the batch, or if `triton` does not run there.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class FalconProjector(nn.Module):
             return h.to(self.output_dtype)
 
     def _runs_triton(self, features: torch.Tensor) -> bool:
-        """Whether the kernels compute for these features; ValueError where `triton` is asked for and cannot."""
+        """Return whether the kernels are used for these features. Raises ValueError if `triton` was asked for and cannot run."""
         if self.implementation == "torch" or (self.implementation == "auto" and features.device.type != "cuda"):
             return False
         reason = why_no_triton(features.device) or self._why_not_fused()
@@ -96,9 +98,9 @@ class FalconProjector(nn.Module):
         return reason is None and features.shape[0] > 0
 
     def _why_not_fused(self) -> str | None:
-        """What is not as `__init__` made it and the kernels do not know; None where they do."""
+        """Return what was changed after `__init__` in a way that the kernels do not support, or None."""
         if not isinstance(self.norm, (nn.BatchNorm1d, nn.SyncBatchNorm)) or not self.norm.affine:
-            return "norm is no BatchNorm with scale and shift"
+            return "norm is not a BatchNorm with scale and shift"
         if self.linear.bias is None:
             return "linear has no bias"
         if not self.linear.weight.dtype == self.norm.weight.dtype == torch.float32:
@@ -133,14 +135,12 @@ class FalconProjector(nn.Module):
         )
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The processes that share statistics in training: those of `sync_batchnorm`, or of torch's SyncBatchNorm."""
+        """Return the processes that share statistics in training (by `sync_batchnorm` or torch's SyncBatchNorm), or None."""
         if not (self.norm.training and dist.is_available() and dist.is_initialized()):
             return None
         name = getattr(self.norm, "group_name", None)
         if name is not None:
-            from torch.distributed.distributed_c10d import _resolve_process_group
-
-            group: dist.ProcessGroup | None = _resolve_process_group(name)
+            group: dist.ProcessGroup | None = process_group_named(name)
         elif isinstance(self.norm, nn.SyncBatchNorm):
             group = self.norm.process_group or dist.group.WORLD
         else:

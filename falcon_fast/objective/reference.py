@@ -1,4 +1,4 @@
-"""The objective in plain eager PyTorch: the ground truth that every fused implementation is held against.
+"""The objective in plain eager PyTorch: the ground truth that the tests compare every fused implementation with.
 
 With logits Z_v = H_v W / tau and assignments P_v = softmax(Z_v), row by row, for the views v = 1, 2, and the mean
 assignment pbar_v = mean_i P_v[i] over the batch (arXiv 2410.04959; section 1 of its method, terms as in the published code):
@@ -9,8 +9,8 @@ assignment pbar_v = mean_i P_v[i] over the batch (arXiv 2410.04959; section 1 of
     loss              1/2 (K_1 + K_2) + beta/2 (C_12 + C_21)
 
 Nothing is detached: both views carry gradient through both factors. Everything stays in the log domain: ln P is a log-softmax
-and ln pbar_j = logsumexp_i ln P[ij] - ln N, so that no probability is formed, rounded to zero and then put into a logarithm
-(the published code gives NaN in float32 at the theoretical optimum for that reason).
+and ln pbar_j = logsumexp_i ln P[ij] - ln N, so no probability is rounded to zero before its logarithm is taken (for that reason
+the published code gives NaN in float32 at the theoretical optimum).
 """
 
 from __future__ import annotations
@@ -21,33 +21,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# Bytes that forward and backward hold at their peak for each of the N x c entries of one view's logits, in units of the
-# element size: 2 views x (logits, ln P, P, their gradients and one temporary). Counted with the allocator in
-# tests/objective/test_reference.py.
+from falcon_fast.kernels.collectives import count_flagged, log_sum_over
+
+# Number of N x c matrices (one view's logits) that forward and backward hold at their peak: 2 views x (logits, ln P, P, their
+# gradients and one temporary). tests/objective/test_reference.py counts them with the allocator.
 PEAK_COPIES = 14
 
 
 def log_mean_assignment(log_p: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """ln pbar (c,) from ln P (N, c): over this process's batch, or over a group's, every process holding N rows.
+    """Return ln pbar (c,) from ln P (N, c), over this process's batch, or over the group's, in which every process holds N rows.
 
-    Over a group it is a log-sum-exp of log-sum-exps (all-reduce of the maximum, then of the sum): a mean of probabilities
-    would already have underflowed.
+    Over a group it is a log-sum-exp of log-sum-exps: a mean of the probabilities would already have underflowed.
     """
     log_sum = torch.logsumexp(log_p, dim=0)
-    count = log_p.shape[0]
-    if group is not None:
-        from torch.distributed.nn.functional import all_reduce
-
-        maximum = log_sum.detach().clone()
-        dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-        total = all_reduce(torch.exp(log_sum - maximum), dist.ReduceOp.SUM, group=group)
-        log_sum = torch.log(total) + maximum
-        count *= dist.get_world_size(group)
-    return log_sum - math.log(count)
+    if group is None:
+        return log_sum - math.log(log_p.shape[0])
+    return log_sum_over(group, log_sum) - math.log(log_p.shape[0] * dist.get_world_size(group))
 
 
 def prior_term(log_pbar: torch.Tensor, prior: str) -> torch.Tensor:
-    """The divergence of the mean assignment from uniform, a scalar, from ln pbar (c,); `prior` is `reverse` or `forward`."""
+    """Return the divergence of the mean assignment from uniform, 0-d, from ln pbar (c,); `prior` is `reverse` or `forward`."""
     log_c = math.log(log_pbar.shape[0])
     if prior == "reverse":
         return torch.sum(torch.exp(log_pbar) * (log_pbar + log_c))
@@ -55,13 +48,14 @@ def prior_term(log_pbar: torch.Tensor, prior: str) -> torch.Tensor:
 
 
 def count_used(z1: torch.Tensor, z2: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """How many distinct codes are the argmax of some row of either view: int64, 0-d. No host synchronisation."""
+    """Return how many distinct codes are the argmax of at least one row of either view, int64, 0-d, from logits (N, c).
+
+    The host does not wait for the device.
+    """
     used = torch.zeros(z1.shape[1], dtype=torch.int32, device=z1.device)
     used[z1.argmax(1)] = 1
     used[z2.argmax(1)] = 1
-    if group is not None:
-        dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
-    return used.sum()
+    return count_flagged(used, group)
 
 
 def reference_loss(
@@ -73,9 +67,9 @@ def reference_loss(
     prior: str,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, prior, invariance (0-d, differentiable) and codes in use for embeddings (N, f) and a dense dictionary (f, c).
+    """Return loss, prior, invariance (0-d, differentiable) and codes in use for embeddings (N, f) and a dense dictionary (f, c).
 
-    Computed in the dtype of `h1`. The public door, `falcon_loss`, checks the arguments.
+    Everything is computed in the dtype of `h1`. The public function, `falcon_loss`, checks the arguments.
     """
     z1, z2 = (h1 / tau) @ w, (h2 / tau) @ w
     log_p1, log_p2 = F.log_softmax(z1, dim=1), F.log_softmax(z2, dim=1)

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from falcon_fast.config import Config, nearest
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.flops import step_flops
 from falcon_fast.kernels.gpu.devices import ALL_REDUCE_LATENCY, CALL_SECONDS, COMPILED_CALL_SECONDS, DEVICES, Device
+from falcon_fast.kernels.torch_private import BatchNormBase as _BatchNorm
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_network
 from falcon_fast.objective import planner

@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from falcon_fast.hardware.flops import without_storage
 from falcon_fast.kernels.gpu.devices import LAUNCH_SECONDS
+from falcon_fast.kernels.torch_private import (
+    TorchDispatchMode,
+    flash_attention,
+    packet_of,
+    schema_of,
+    storage_id,
+    tree_leaves,
+)
 
 # They start no kernel: they return memory of another tensor, or uninitialised memory, and their schema does not say so.
 WITHOUT_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "device")
@@ -111,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == "prim":
             return out
         self.calls += 1
-        packet = func._overloadpacket
+        packet = packet_of(func)
         name = packet.__name__
         if name in WITHOUT_KERNEL or _is_view(func):
             return out
@@ -134,7 +140,7 @@ class _Recorder(TorchDispatchMode):
 
 def _is_view(func: Any) -> bool:
     """Check whether an operator only returns memory of its inputs, and does not write to it."""
-    returns = func._schema.returns
+    returns = schema_of(func).returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
@@ -153,7 +159,7 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and len(args) >= 3 and kwargs.get("attn_mask") is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+            return flash_attention(*args[:3])
         return func(*args, **kwargs)
 
 
@@ -163,7 +169,7 @@ def _kept_for_backward(weights: set[int]) -> Iterator[dict[int, torch.Tensor]]:
     kept: dict[int, torch.Tensor] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()._cdata
+        storage = storage_id(x)
         if storage not in weights:
             kept.setdefault(storage, x)  # kept alive, so that no other storage gets the same address
         return x
@@ -183,7 +189,7 @@ def trace(network: nn.Module, images: int, size: int, autocast: torch.dtype | No
         for parameter in fake.parameters():
             parameter.grad = None
         views = torch.empty(images, 3, size, size).to(memory_format=torch.channels_last)
-        weights = {x.untyped_storage()._cdata for x in (*fake.parameters(), *fake.buffers())}
+        weights = {storage_id(x) for x in (*fake.parameters(), *fake.buffers())}
         with _kept_for_backward(weights) as kept, recorder, _FusedAttention():
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 _, embeddings = fake(views)

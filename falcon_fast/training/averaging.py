@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from falcon_fast.kernels.torch_private import foreach_lerp_
+
 
 class WeightAverage:
     """The average of all parameters and floating-point buffers of a network.
@@ -45,7 +47,7 @@ class WeightAverage:
         """Update the average with the weights of the step that has just been taken."""
         for names in self._names:
             average = [self._average[name] for name in names]
-            torch._foreach_lerp_(average, [self._live[name] for name in names], 1 - self.decay)
+            foreach_lerp_(average, [self._live[name] for name in names], 1 - self.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the averaged tensors themselves, by the network's names, to be saved or restored in place."""

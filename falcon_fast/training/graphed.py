@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from falcon_fast.errors import UsageError
+from falcon_fast.kernels.torch_private import tree_leaves, tree_map
 from falcon_fast.training.step import Learner, StepMetrics, training_step
 
 WARM_UP = 3  # steps before the capture

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from falcon_fast.kernels.torch_private import grad_scaler_state
 from falcon_fast.objective import FalconLoss
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.distributed.parallel import gradient_sync
@@ -60,7 +61,7 @@ class Learner:
         tensors: dict[str, torch.Tensor] = {}
         if self.scaler is not None:
             # Its state_dict() would turn them into Python numbers, for which it waits for the device.
-            scale, growth = self.scaler._scale, self.scaler._growth_tracker
+            scale, growth = grad_scaler_state(self.scaler)
             assert scale is not None and growth is not None
             tensors |= {"scaler.scale": scale, "scaler.growth": growth}
         if self.average is not None:

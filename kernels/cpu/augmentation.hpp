@@ -1,4 +1,4 @@
-// The photometric stage of a batch of views: what each one's parameters ask for, with threads and scratch.
+// The photometric stage of a batch of views, each by its own parameters, with threads and scratch.
 #pragma once
 
 #include "level.hpp"

@@ -1,6 +1,6 @@
-// The Python face of the C++ kernels. Arrays come in through the buffer protocol or DLPack, so one build serves every
-// version of torch; shapes are checked here, once, so that the kernels cannot read or write out of bounds, and nothing is
-// converted: an output that was converted would be a copy.
+// The Python interface of the C++ kernels. Arrays arrive through the buffer protocol or DLPack, so one build serves every version
+// of torch. Shapes are checked here, once, so that the kernels cannot read or write out of bounds. Nothing is converted: a
+// converted output would be a copy.
 
 #include "bindings.hpp"
 

@@ -1,4 +1,4 @@
-// The Python face of what makes views: crops, and the photometric stage.
+// The Python interface of the functions that make views: crops, and the photometric stage.
 
 #include "bindings.hpp"
 

@@ -30,7 +30,7 @@ struct AxisMemory {
     std::int32_t *weights;
 };
 
-// Where the region ends, its weights are cut and rescaled: pixels outside have no part.
+// At the border of the region the weights are cut and rescaled: pixels outside do not contribute.
 Axis axis_of(std::size_t length, std::size_t size, bool flip, const AxisMemory &memory) {
     const double scale = double(length) / double(size), reach = std::max(1.0, scale), inverse = 1 / reach;
     const std::size_t most = most_inputs(length, size);

@@ -1,4 +1,4 @@
-// Regions of many images resized to one size, with threads and scratch.
+// Resizes regions of many images to one size, with threads and scratch.
 #pragma once
 
 #include "level.hpp"

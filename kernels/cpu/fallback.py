@@ -1,7 +1,8 @@
-"""What the C++ extension does for strips of codes, in PyTorch, for an installation without a compiler (see level.hpp).
+"""The C++ extension's work on strips of codes, in PyTorch, for an installation without a compiler (see level.hpp).
 
-The functions have the extension's names and arguments: strips (2, N, width) float32 in which columns past the last code
-hold ABSENT, row state (N, 8) float64, row terms (2, N, 4) and column arrays (2, width) float32. `threads` is torch's own affair.
+The functions have the names and arguments of the extension (`StripKernels`): strips (2, N, width) float32 in which columns past
+the last code hold ABSENT, row state (N, 8) float64, row terms (2, N, 4) and column arrays (2, width) float32. `threads` is
+ignored: torch uses its own threads.
 """
 
 from __future__ import annotations
@@ -14,15 +15,8 @@ ABSENT = -1e30
 TILE = 128
 
 
-def unpack(words: torch.Tensor, f: int) -> torch.Tensor:
-    """int32 (rows, ceil(f/32)) into float32 (rows, f) of -1 and +1."""
-    shifts = torch.arange(32, dtype=torch.int32)
-    bits = ((words[:, :, None] >> shifts) & 1).flatten(1)[:, :f]
-    return bits.float().mul_(2).sub_(1)
-
-
 def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
-    """The transform along the last dimension, a power of two, by Sylvester's matrix: entry (i, j) is (-1)^popcount(i & j)."""
+    """Return x times Sylvester's matrix along the last dimension, a power of two; entry (i, j) is (-1)^popcount(i & j)."""
     f = x.shape[-1]
     half = 1
     while half < f:
@@ -33,7 +27,7 @@ def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 def dense_hadamard(words: torch.Tensor, f: int, c: int) -> torch.Tensor:
-    """Packed codes (c, 1) of a Hadamard dictionary of width f < 32 from its blocks' signs (c/f, 1)."""
+    """Return all packed codes (c, 1) of a Hadamard dictionary of width f < 32 from the packed signs of its blocks (c/f, 1)."""
     rows = walsh_hadamard(torch.eye(f))
     negative = ((rows < 0) * (1 << torch.arange(f))).sum(1).int()
     return (words.view(-1, 1) ^ negative).view(c, 1)

@@ -19,7 +19,7 @@ constexpr int kRows = 6;                       // of a register tile: 6 x 4 (or 
 constexpr std::size_t kPanel = kVectors * kLanes;
 static_assert(kPanelMax % kPanel == 0);
 
-// The second of the two where one is NaN.
+// Returns the second of the two if one is NaN.
 ALWAYS_INLINE Floats larger(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
@@ -69,10 +69,10 @@ ALWAYS_INLINE Floats power_of_two(Floats t) {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// The relative error grows with |x|, by 6e-8 for each unit: nothing where the result has weight.
+// The relative error grows with |x|, by 6e-8 for each unit: negligible where the result has weight.
 ALWAYS_INLINE Floats exponential(Floats x) { return power_of_two(x * kLog2e); }
 
-// ln x, x positive and normal, error below 1e-7 relative or absolute, whichever is more; what is not so, NaN included, gives anything.
+// ln x, x positive and normal, error below 1e-7 relative or absolute, whichever is larger; any other x, NaN included, gives an arbitrary value.
 ALWAYS_INLINE Floats logarithm(Floats x) {
     const Ints bits = reinterpret_cast<const Ints &>(x);
     const Ints exponent = (bits - 0x3f3504f3) >> 23; // of x over a mantissa in [sqrt(1/2), sqrt(2))
@@ -172,7 +172,7 @@ template <class Op> void logits(const Product &p, std::size_t first, std::size_t
     constexpr std::size_t per_word = 32 / Op::kSigns;
     const std::size_t depth = p.words_per_code * per_word;
     const auto *a = static_cast<const std::uint32_t *>(p.a);
-    // Steps outside, panels inside: so many steps of all rows are half a megabyte at 256 rows, and stay in the second cache.
+    // Steps outside, panels inside: these steps of all rows are half a megabyte at 256 rows, and stay in the L2 cache.
     for (std::size_t begin = 0; begin < depth; begin += kSteps) {
         const std::size_t steps = depth - begin < kSteps ? depth - begin : kSteps;
         for (std::size_t index = first; index < last; ++index) {
@@ -281,7 +281,7 @@ void column_statistics(const Strip &strip, const RowTerms *terms, float *peak, f
             Floats top[block], sum[block];
             for (int b = 0; b < block; ++b)
                 top[b] = splat(2 * kAbsent), sum[b] = Floats{};
-            // One subtraction: a peak off by the rounding of m + log_sum is as good, if e is relative to the same.
+            // One subtraction: a peak that is off by the rounding of m + log_sum serves as well, if e is relative to the same peak.
             for (std::size_t i = 0; i < strip.rows; ++i) {
                 const Floats shift = splat(row[i].m + row[i].log_sum);
                 for (int b = 0; b < block; ++b)
@@ -330,7 +330,7 @@ double prior_columns(const float *peak, const float *log_sum, float log_rows, fl
 }
 
 double prior_row(const float *e, const float *q, std::size_t width) {
-    Floats sums[4]{}; // 3.7 cycles a vector with one: each addition waits for the one before
+    Floats sums[4]{}; // 3.7 cycles per vector with one sum: each addition waits for the one before
     for (std::size_t j = 0; j < width; j += 4 * kLanes)
         UNROLL for (int b = 0; b < 4; ++b) sums[b] += load(e + j + b * kLanes) * load(q + j + b * kLanes);
     return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -343,8 +343,8 @@ double prior_row_of_logits(const float *z, const RowTerms &row, const float *pea
     return total(sum);
 }
 
-// Of the forward prior, P g = e q; of the reverse prior, where a P that underflows has no share, P g itself: one array of the
-// columns to read instead of three (15.7 cycles a vector with them).
+// For the forward prior P g = e q. For the reverse prior, where an underflowed P contributes nothing, P g itself: one array of the
+// columns to read instead of three (15.7 cycles per vector with three).
 template <bool Forward>
 ALWAYS_INLINE void gradient_of_row(float *z1, float *z2, const RowTerms &row1, const RowTerms &row2,
                                    const ColumnTerms &columns, float beta, float factor, std::size_t width) {
@@ -406,7 +406,7 @@ void encode_row(const float *z, std::size_t width, std::uint16_t *out, float *ti
         }
         const float peak = largest(top), range = peak + largest(-bottom);
         const float inverse = range > 1e-30f ? 1.0f / range : 0.0f;
-        tiles[0] = peak + float(total(nothing)); // the whole tile is lost then, and with it the loss, as it should
+        tiles[0] = peak + float(total(nothing)); // the whole tile becomes NaN then, and with it the loss, as it should
         tiles[1] = range * (1.0f / (65535.0f * 65535.0f));
         for (std::size_t j = 0; j < kTile; ++j) {
             float d = (peak - z[tile + j]) * inverse;
@@ -490,8 +490,8 @@ template <int Radix> void first_pass(const float *h, const float *diagonal, std:
     }
 }
 
-// What becomes of a transform's last pass: it is stored, or added to `sum` times a diagonal. (A pass of its own for the
-// addition was 3.3 cycles a vector, beside 11.8 for the transform: a store takes two.)
+// The result of a transform's last pass is stored, or added to `sum` times a diagonal. (A separate pass for the addition took
+// 3.3 cycles per vector, and the transform 11.8: a store takes two.)
 struct Stored {
     float *z;
     ALWAYS_INLINE void operator()(std::size_t at, Floats v) const { store(z + at, v); }

@@ -1,8 +1,8 @@
 // The arithmetic of the loss over ranges of rows or columns, once for each instruction set (level.cpp is compiled for
-// each). No function here allocates, throws or starts a thread: threads.hpp splits the ranges, sweeps.cpp gives scratch.
+// each). No function here allocates, throws or starts a thread: threads.hpp splits the ranges, sweeps.cpp provides scratch.
 //
 // A strip is the logits of both views for some consecutive codes: float [2][rows][width], width a multiple of kTile;
-// columns past the last code hold kAbsent, so that they have no weight. Per row and view y = z - m is the logit below the
+// columns past the last code hold kAbsent and so have no weight. Per row and view y = z - m is the logit below the
 // row's maximum m, and P = exp(y - log_sum); t_j = max_i ln P_ij is a column's peak, e_ij = exp(ln P_ij - t_j) is in [0, 1]
 // whatever underflows, and every later quantity is e_ij times a number of the column:
 //
@@ -18,9 +18,9 @@
 
 namespace falcon {
 
-constexpr std::size_t kTile = 128;     // codes under one maximum of the 2-byte copy, and under one scale of int16 dZ
+constexpr std::size_t kTile = 128;     // codes that share one maximum in the 2-byte copy, and one scale in int16 dZ
 constexpr std::size_t kPanelMax = 64;  // widest panel of any instruction set: widths and paddings are multiples of it
-constexpr std::size_t kSteps = 512;    // depth of a panel that stays in the second cache
+constexpr std::size_t kSteps = 512;    // depth of a panel that stays in the L2 cache
 constexpr float kAbsent = -1e30f;
 
 // Running statistics of a row: maxima, sums of exp(z - m), sums of exp(z_v - m_v) (z_other - m_other), argmax.
@@ -28,13 +28,13 @@ struct RowState {
     double m[2], s[2], x[2], arg[2];
 };
 
-// What the later sweeps need of a row and view: maximum, log-sum-exp - m, E_P[y of the other view], E_P[g].
+// The statistics of a row and view that the later sweeps need: maximum, log-sum-exp - m, E_P[y of the other view], E_P[g].
 struct RowTerms {
     float m, log_sum, x, a;
 };
 
-// What they need of a code, [2][width] each: peak t, weight and q. The weight is E = exp(t) for the forward prior, and for the
-// reverse ln(c pbar), all that its gradient needs.
+// The terms of a code that they need, [2][width] each: peak t, weight and q. The weight is E = exp(t) for the forward prior,
+// and ln(c pbar) for the reverse prior, whose gradient needs nothing else.
 struct ColumnTerms {
     float *peak, *weight, *q;
     std::size_t stride; // between views
@@ -61,7 +61,7 @@ struct Product {
 struct Level {
     const char *name;
     std::size_t panel; // codes (or features) of one panel: the grain of `logits` and `gradient_product`
-    bool fast_int16;   // a pair of int16 products costs what a float product does
+    bool fast_int16;   // a pair of int16 products costs as much as one float product
 
     // Panels [first, last) of the strip's logits; [kind]: 0 float, 1 int16.
     void (*logits[2])(const Product &, std::size_t first, std::size_t last);
@@ -84,10 +84,10 @@ struct Level {
     // dZ over the logits, both views of a row, times `factor`.
     void (*gradient_row)(float *z1, float *z2, const RowTerms &, const RowTerms &, const ColumnTerms &, float beta,
                          float factor, std::size_t width);
-    // Round a row of dZ to int16 with one scale a tile.
+    // Round a row of dZ to int16 with one scale per tile.
     void (*quantise_row)(const float *dz, std::size_t width, std::int16_t *out, float *scale);
     // The 2-byte copy: with d = max - z and D its largest in the tile, round(65535 sqrt(d / D)). The error of d is
-    // sqrt(d D) / 65535, small where the probability is; half precision's is d / 2048.
+    // sqrt(d D) / 65535, small where the probability is large; that of half precision is d / 2048.
     void (*encode_row)(const float *z, std::size_t width, std::uint16_t *out, float *tiles);
     void (*decode_row)(const std::uint16_t *in, const float *tiles, std::size_t width, float *z);
     // The diagonal D of a block: f signs (bit 1: +) times scale. f is a power of two of at least 16, here and below.

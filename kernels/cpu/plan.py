@@ -1,4 +1,4 @@
-"""What the loss on the CPU holds in memory: how wide its strips of codes are, and whether the logits stay, from a budget."""
+"""The plan of the loss on the CPU within a memory budget: how wide its strips of codes are, and whether the logits are kept."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from falcon_fast.kernels.cpu.extension import cpu_extension
 
 DEFAULT_BUDGET = 256 * 2**20
 TILE = 128  # codes under one maximum; strips are multiples of it
-STRIP_BYTES = 4 * 2**20  # both views' float32 logits of one strip: stays in the last cache
+STRIP_BYTES = 4 * 2**20  # float32 logits of both views of one strip: they stay in the last-level cache
 WIDEST_STRIP = 4096
-HADAMARD_SEGMENT = 2048  # a row's logits of both views are 16 KiB: first cache
+HADAMARD_SEGMENT = 2048  # the logits of a row in both views take 16 KiB: they stay in the L1 cache
 
 
 def own_products() -> bool:
-    """Whether dense dictionaries go through the extension's products, from packed codes, rather than torch's."""
+    """Return whether dense dictionaries use the extension's products, which take packed codes, rather than torch's."""
     return cpu_extension is not None and bool(cpu_extension.fast_int16())
 
 
 def padded(c: int) -> int:
-    """`c` up to a multiple of TILE."""
+    """Return `c` rounded up to a multiple of TILE."""
     return -(-c // TILE) * TILE
 
 
 class Plan(NamedTuple):
-    """How the dense sweeps treat the logits: kept in 2 bytes or formed anew, `width` codes at a time; peak memory in bytes."""
+    """Whether the logits are kept in 2 bytes each or computed again; `width` codes at a time; the peak memory in bytes."""
 
     stored: bool
     width: int
@@ -33,10 +33,11 @@ class Plan(NamedTuple):
 
 
 def dense_plan(n: int, f: int, c: int, plan: str, memory_budget: int | None) -> Plan:
-    """The plan for `n` rows, within `memory_budget` bytes beyond inputs and dictionary (None: 256 MiB where it can be kept).
+    """Return the plan for N = n within `memory_budget` bytes beyond the inputs and the dictionary (None: 256 MiB if possible).
 
-    Depends on nothing that differs between the processes of a group (which reduce strip by strip), with the number of
-    threads (each of which has 128 KiB of scratch besides) or after a resume. Raises ValueError where the budget cannot be kept.
+    The plan does not depend on anything that differs between the processes of a group (which reduce strip by strip), on the
+    number of threads (each has another 128 KiB of scratch memory), or on a resume. Raises ValueError if the budget cannot be
+    kept.
     """
     budget = memory_budget if memory_budget is not None else DEFAULT_BUDGET if plan != "stored" else math.inf
     padded_f, padded_c = -(-f // 64) * 64, padded(c)
@@ -57,7 +58,7 @@ def dense_plan(n: int, f: int, c: int, plan: str, memory_budget: int | None) -> 
 
 
 def hadamard_plan(n: int, f: int, c: int, memory_budget: int | None) -> Plan:
-    """The plan for Hadamard codes: streaming always, `width` a multiple of f. Raises ValueError like `dense_plan`."""
+    """Return the plan for Hadamard codes: always streaming, `width` a multiple of f. Raises ValueError like `dense_plan`."""
     width = max(HADAMARD_SEGMENT, f)
     per_code = 2 * n * 4
     if cpu_extension is None:
@@ -71,6 +72,6 @@ def hadamard_plan(n: int, f: int, c: int, memory_budget: int | None) -> Plan:
 def _check_budget(what: str, peak: int, n: int, f: int, c: int, memory_budget: int | None) -> None:
     if memory_budget is not None and peak > memory_budget:
         raise ValueError(
-            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
+            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, more than the budget of "
             f"{memory_budget / 2**20:.1f} MiB: raise it, or lower the batch or the number of codes"
         )

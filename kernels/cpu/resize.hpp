@@ -1,7 +1,7 @@
-// A region of an image resized by antialiased bicubic interpolation, Pillow's to the bit: fixed-point weights of 22 bits, first
+// A region of an image resized by antialiased bicubic interpolation, the same bits as Pillow: fixed-point weights of 22 bits, first
 // along rows, then along columns, each time rounded to uint8.
 //
-// Along rows neighbouring outputs take different inputs with different weights, which no vector does; 16 rows together take the
+// Along a row, neighbouring outputs use different inputs with different weights, which cannot be vectorised; but 16 rows use the
 // same. So 16 rows are transposed (in registers, 16 x 16 bytes at a time), interpolated as 16 lanes, and transposed back.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace falcon {
 constexpr int kWeightBits = 22;
 constexpr std::size_t kRowsAtOnce = 16;
 
-// What each of `size` outputs takes: `count` inputs from `first` on, with weights[i * most + k], the k-th's.
+// The inputs of each of `size` outputs: `count` inputs from `first` on, the k-th with the weight weights[i * most + k].
 struct Axis {
     std::size_t most;
     const std::uint32_t *first, *count; // [size]

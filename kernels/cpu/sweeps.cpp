@@ -31,11 +31,11 @@ const Level *const *levels() {
 namespace {
 
 constexpr std::size_t kRowBlock = 48; // a multiple of the register tile's 6 rows
-constexpr std::size_t kRowsTogether = 8; // whose embeddings stay in the second cache while a sweep goes over the codes
+constexpr std::size_t kRowsTogether = 8; // their embeddings stay in the L2 cache while a sweep goes over the codes
 
 std::size_t ceil_divide(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
-constexpr std::size_t kTasksPerThread = 4; // so that a thread which comes late does less
+constexpr std::size_t kTasksPerThread = 4; // so that a thread that starts late does less
 
 // work(first, last) over all of [0, items).
 template <typename Work> void ranges(std::size_t threads, std::size_t items, const Work &work) {
@@ -157,8 +157,8 @@ Segment segment_at(const Hadamard &hadamard, std::size_t index) {
     return {first, count, ceil_divide(count, kTile) * kTile};
 }
 
-// The blocks' diagonals: the same for all rows, so spread to floats once for many. (From the bits at every load, a transform
-// took 14.6 cycles a vector, not 11.8.)
+// The diagonals of the blocks are the same for all rows, so they are expanded to floats once for many rows. (Expanded from the
+// bits at every load, a transform took 14.6 cycles per vector instead of 11.8.)
 void expand_diagonals(const Level &level, const Hadamard &hadamard, const Segment &segment, float *diagonals) {
     const std::size_t words = ceil_divide(hadamard.f, 32);
     for (std::size_t code = 0; code < segment.count; code += hadamard.f)
@@ -207,10 +207,10 @@ void hadamard_rows(const Level &level, std::size_t threads, const Hadamard &hada
 void hadamard_columns(const Level &level, std::size_t threads, const Hadamard &hadamard, const RowTerms *terms,
                       float *peak, float *log_sum, std::size_t stride, const Prior *prior, double sums[2]) {
     const std::size_t rows = 2 * hadamard.rows, segments = ceil_divide(hadamard.codes, hadamard.segment);
-    // Rows 8 KiB apart would share four sets of the first cache, and columns miss it row by row.
+    // Rows 8 KiB apart would share four sets of the L1 cache, and columns would miss it in every row.
     const std::size_t stride_z = hadamard.segment + kPanelMax;
     float *z = scratch<float>(Use::kLogits, rows * stride_z);
-    // A term for each panel of columns, so that the sum does not depend on who formed which.
+    // One term for each panel of columns, so that the sum does not depend on which thread computed which panel.
     std::vector<double> partial(prior ? 2 * segments * (hadamard.segment / kPanelMax) : 0);
     const std::size_t tasks = kTasksPerThread * threads;
     parallel(threads, 3 * segments, tasks, [&](std::size_t phase, std::size_t task) {

@@ -1,6 +1,6 @@
 // The loss in sweeps over a dictionary, with threads and scratch. A dense dictionary goes strip by strip (level.hpp):
 // logits, then statistics or gradient in place, then the product back. A Hadamard dictionary goes through whole sweeps,
-// in which a row's logits for a segment of codes live in the first cache and are formed anew each time.
+// in which the logits of a row for a segment of codes stay in the L1 cache and are computed again each time.
 #pragma once
 
 #include "level.hpp"
@@ -45,7 +45,7 @@ struct Hadamard {
     std::size_t codes, segment; // codes at a time, a multiple of f and kTile
 };
 
-// What the prior's terms of a column need; codes: in all.
+// The arguments for the terms of the prior in a column; codes: number of all codes.
 struct Prior {
     float log_rows;
     bool forward;
@@ -57,7 +57,7 @@ void hadamard_rows(const Level &, std::size_t threads, const Hadamard &, RowStat
 // peak, log_sum: [2][stride]. With `prior` also weight, q and a, in the same sweep; returns the views' prior sums.
 void hadamard_columns(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, float *peak, float *log_sum,
                       std::size_t stride, const Prior *prior, double sums[2]);
-// a alone, where ln pbar had to be combined with other processes first.
+// Computes a only, for when ln pbar had to be combined with other processes first.
 void hadamard_prior(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, const ColumnTerms &, double *a);
 void hadamard_gradient(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, const ColumnTerms &,
                        float beta, float factor, float *const dh[2]);

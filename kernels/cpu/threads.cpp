@@ -79,7 +79,7 @@ void parallel(std::size_t threads, std::size_t phases, std::size_t count,
     if (std::min(threads, count) <= 1 || forked)
         Tasks::work(&tasks);
     else if (const Region region = team == Team::kTorchs ? openmp() : nullptr)
-        region(Tasks::work, &tasks, static_cast<unsigned>(threads), 0); // always so many: libgomp starts anew a team that grows
+        region(Tasks::work, &tasks, static_cast<unsigned>(threads), 0); // always this number: libgomp restarts a team that grows
     else
         start_threads(std::min(threads, count), tasks);
 }
@@ -87,7 +87,7 @@ void parallel(std::size_t threads, std::size_t phases, std::size_t count,
 void *scratch_bytes(Use use, std::size_t bytes) {
     Buffer &buffer = buffers[static_cast<std::size_t>(use)];
     if (buffer.bytes < bytes) {
-        buffer.memory.reset(); // before the larger one is there: never both
+        buffer.memory.reset(); // before the larger one is allocated: never both at once
         buffer.bytes = 0;
         buffer.memory.reset(::operator new(bytes, std::align_val_t(64)));
         buffer.bytes = bytes;

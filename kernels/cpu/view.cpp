@@ -15,7 +15,7 @@ ALWAYS_INLINE float larger(float a, float b) { return a > b ? a : b; }
 ALWAYS_INLINE float unit(float x) { return smaller(larger(x, 0.0f), 1.0f); }
 ALWAYS_INLINE float luma(float red, float green, float blue) { return kRed * red + kGreen * green + kBlue * blue; }
 
-// a / b, rounded correctly as the reference's (Markstein): a level exactly on the threshold falls on its side.
+// a / b, correctly rounded (Markstein), like the reference: a level exactly on the threshold falls on the same side.
 ALWAYS_INLINE float quotient(float a, float b, float inverse) {
 #if defined(__FMA__)
     const float q = a * inverse;
@@ -66,7 +66,7 @@ void shift_hue(Planes p, size_t n, float turn) {
         const bool is_red = value == red, is_green = value == green;
         const float difference = is_red ? green - blue : is_green ? blue - red : red - green;
         const float offset = is_red ? 0.0f : is_green ? 2.0f : 4.0f;
-        // A gray pixel has no hue: whatever is computed for it is multiplied by its chroma, 0.
+        // A gray pixel has no hue: the value computed for it is multiplied by its chroma, 0.
         const float sextant = difference / (chroma == 0 ? 1.0f : chroma) + (offset + turn);
         p.red[i] = hue_channel(value, chroma, sextant + 5.0f);
         p.green[i] = hue_channel(value, chroma, sextant + 3.0f);
@@ -219,7 +219,7 @@ void FALCON_JOIN(FALCON_LEVEL, _augment_view)(const View &v, const ViewScratch &
             for (size_t y = first; y < last; ++y)
                 blur_row(scratch.planes[channel] + (y - first) * v.width, v, scratch.padded,
                          scratch.ring[channel] + y % slots * pitch);
-        // Of this strip's planes nothing more is needed: the finished rows take their place.
+        // The planes of this strip are no longer needed: the finished rows replace them.
         for (; done < v.height && (done + radius < last || last == v.height); ++done) {
             for (int channel = 0; channel < 3; ++channel) {
                 for (size_t k = 0; k <= radius; ++k) {

@@ -5,9 +5,9 @@
 //     hue                                          channel = v - c clamp(min(k, 4 - k), 0, 1),  k = (o + 6 h) mod 6
 //     grayscale; Gaussian blur, borders reflected; x >= threshold: 1 - x; (x - mean) / std
 //
-// A view goes through in strips of rows that stay in the first cache, from its levels to the finished pixels; a blurred one
-// keeps as many rows as its window is high, in a ring. Only the mean that contrast needs is a pass of its own, over what
-// comes before contrast.
+// A view is processed in strips of rows that stay in the L1 cache, from its levels to the finished pixels. A blurred view keeps
+// as many rows as its window is high, in a ring. Only the mean for contrast needs a separate pass, over the operations before
+// contrast.
 #pragma once
 
 #include <cstddef>

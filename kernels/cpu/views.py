@@ -1,4 +1,4 @@
-"""Views by the C++ extension: crops of decoded images (resize.hpp), and the photometric stage (view.hpp)."""
+"""Views made by the C++ extension: crops of decoded images (resize.hpp) and the photometric stage (view.hpp)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def resize_crops(images: Sequence[np.ndarray], boxes: np.ndarray, flips: np.ndarray, size: int) -> torch.Tensor:
-    """Two regions of each image, resized by antialiased bicubic interpolation as Pillow does, by torch's threads.
+    """Return two regions of each image, resized to `size` by antialiased bicubic interpolation as in Pillow.
 
-    images: B of uint8 (H, W, 3), contiguous, of any sizes.  boxes: int64 (2, B, 4), top, left, height, width, in pixels.
+    images: B arrays uint8 (H, W, 3), contiguous, of any sizes.  boxes: int64 (2, B, 4): top, left, height, width, in pixels.
     flips: bool (2, B), mirror left to right.
-    Returns uint8 (2 B, S, S, 3), view 1 first.
+    Returns uint8 (2 B, S, S, 3), view 1 first. As many threads work as torch uses.
 
     Raises:
-        ValueError: a box does not lie within its image.
+        ValueError: if a box does not lie within its image.
     """
     out = np.empty((2 * len(images), size, size, 3), np.uint8)
     Compiled(cpu_extension).resize_crops(
@@ -34,7 +34,7 @@ def resize_crops(images: Sequence[np.ndarray], boxes: np.ndarray, flips: np.ndar
     return torch.from_numpy(out)
 
 
-def augment_views(
+def augment_views_cpp(
     images: torch.Tensor,
     factors: torch.Tensor,
     order: torch.Tensor,
@@ -47,19 +47,19 @@ def augment_views(
     threshold: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Views jittered, grayed, blurred, solarised and normalised, by torch's threads.
+    """Return views after colour jitter, grayscale, blur, solarisation and normalisation; as many threads work as torch uses.
 
-    images: uint8 (N, 3, H, W), any strides; channels_last is read as it is.
+    images: uint8 (N, 3, H, W), any strides; channels_last needs no copy.
     factors: float32 (N, 4): brightness, contrast, saturation (1 = off), hue (turns, 0 = off).
     order: float32 (N, 4), the operations 0 to 3 of `factors`, first to last.
     gray, solarize: bool (N,).  sigma: float32 (N,), pixels, 0 = no blur.  mean, std: float32 (3,), of [0, 1].
-    max_sigma: of the recipe; the blur's window is 2 ceil(3 max_sigma) + 1 taps, or as many as the side can reflect.
-    threshold: what solarisation inverts from, in [0, 1].
+    max_sigma: largest sigma of the recipe; the blur has 2 ceil(3 max_sigma) + 1 taps, or as many as the side can reflect.
+    threshold: solarisation inverts values from this one on, in [0, 1].
     Returns (N, 3, H, W) in dtype, float32 or bfloat16, channels_last.
     """
     assert dtype in DTYPES
     n, channels, height, width = images.shape
-    # By numpy, which asks for huge pages: the faults of small ones take 145 us a float32 view at 224 px.
+    # Allocated by numpy, which asks for huge pages: page faults of small pages take 145 us for a float32 view of 224 px.
     out = np.empty((n, height, width, channels), np.float32 if dtype == torch.float32 else np.uint16)
     Compiled(cpu_extension).augment_views(
         images.permute(0, 2, 3, 1).contiguous(),

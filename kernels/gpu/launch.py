@@ -1,8 +1,8 @@
-"""How every kernel is launched, so that the same launches can be listed without a GPU.
+"""The launch of every kernel, in one place, so that the same launches can be listed without a GPU.
 
-Inside `recording(capability)` nothing runs: `launch` notes the kernel with its exact signature instead. The whole loss can then
-be traced on meta tensors, which proves that its host code waits for no value of the device, counts its launches, and gives
-the tests what they compile ahead of time for each architecture.
+Inside `recording(capability, processors)` nothing runs: `launch` records the kernel with its exact signature instead. The whole
+loss can then be traced on meta tensors. This proves that its host code never waits for a value from the device, counts its
+launches, and gives the tests the kernels that they compile ahead of time for each architecture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from falcon_fast.kernels.gpu.support import INTERPRETING
 class Launch(NamedTuple):
     """One launch of a kernel: its argument types as Triton specialises them, compile-time values, warps and pipeline stages.
 
-    `kernel` is None for a matrix product of the library's.
+    `kernel` is None for a matrix product that torch computes.
     """
 
     kernel: Any
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a plan depends on: the GPU's name, compute capability and number of multiprocessors."""
+    """The properties of a GPU on which a plan depends: name, compute capability and number of multiprocessors."""
 
     name: str
     capability: tuple[int, int]
@@ -60,7 +60,7 @@ POINTERS = {
 
 @contextmanager
 def recording(capability: tuple[int, int], processors: int) -> Iterator[list[Launch]]:
-    """Note launches instead of making them, as for a GPU of this compute capability and number of multiprocessors."""
+    """Record launches instead of making them, as for a GPU of this compute capability and number of multiprocessors."""
     launches: list[Launch] = []
     token = _recording.set(Recording(Facts("", capability, processors), launches))
     try:
@@ -70,7 +70,7 @@ def recording(capability: tuple[int, int], processors: int) -> Iterator[list[Lau
 
 
 def device_facts(device: torch.device) -> Facts:
-    """Of a GPU; of the recording inside one; of an A100 in the interpreter."""
+    """Return the facts of a GPU; inside a recording those of the recording; in the interpreter those of an A100."""
     if (active := _recording.get()) is not None:
         return active.facts
     if device.type == "cuda":
@@ -80,12 +80,12 @@ def device_facts(device: torch.device) -> Facts:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. (triton.cdiv, made for kernels as well, takes 3 us.)"""
+    """Return a / b rounded up. (triton.cdiv, which also serves kernels, takes 3 us.)"""
     return -(-a // b)
 
 
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-MOST_COMPILED = 4096  # keys: a run has some dozens, and one more for each range of codes
+MOST_COMPILED = 4096  # keys: a run has a few dozen, and one more for each range of codes
 
 
 def launch(
@@ -93,9 +93,10 @@ def launch(
 ) -> None:
     """Start `kernel` over `grid` on the device of its tensors, on torch's current stream.
 
-    `arguments` are the first of the kernel's, in its order, `constants` all others. At each launch Triton works out anew which
-    compiled kernel fits; here it is found by all that this depends on (12 us of the host instead of 18 with 16 arguments, 7.5
-    instead of 9.5 with 5, without the driver's own share: benchmarks/bench_launch.py).
+    `arguments` are the first arguments of the kernel, in its order; `constants` are all the others. Triton determines the
+    compiled kernel anew at each launch; here it is looked up by everything that determines it. That takes 12 us of the host's
+    time instead of 18 with 16 arguments, and 7.5 instead of 9.5 with 5, without the time of the driver
+    (benchmarks/bench_launch.py).
     """
     if (active := _recording.get()) is not None:
         active.launches.append(_described(kernel, grid, arguments, constants, num_warps, num_stages))
@@ -136,10 +137,10 @@ def _start(
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """out = a b, or out += a b, for a (m, k), b (k, n) of one dtype and out (m, n) in it or in float32, by torch's product."""
+    """Compute out = a b, or out += a b, by torch; a (m, k) and b (k, n) of one dtype, out (m, n) in that dtype or in float32."""
     if (active := _recording.get()) is not None:
         active.launches.append(Launch(None, (), {}, {}, frozenset(), 0, 0))
-    elif INTERPRETING and a.device.type == "cpu":  # where torch has no product of fp16 with a float32 result
+    elif INTERPRETING and a.device.type == "cpu":  # torch has no product of fp16 with a float32 result there
         product = a.float() @ b.float()
         out.add_(product) if add else out.copy_(product)
     elif out.dtype == a.dtype:
@@ -171,7 +172,7 @@ def _described(
 
 
 def compile_ahead(launched: Launch, capability: tuple[int, int]) -> Any:
-    """The kernel of a recorded launch compiled for a GPU of `capability`, which need not be there. Not in the interpreter."""
+    """Compile the kernel of a recorded launch for a GPU of `capability`, which need not be present. Not in the interpreter."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

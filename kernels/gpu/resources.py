@@ -1,7 +1,8 @@
-"""What the kernels take of a GPU, without one: compiled ahead of time, registers, spills, shared memory and tensor-core use.
+"""The resources that the kernels need, found without a GPU: registers, spills, shared memory and tensor-core instructions.
 
-`python -m falcon_fast.kernels.gpu.resources 90` prints a table for sm_90 of every kernel that loss, projector and augmentation
-launch at their SHAPES (not under TRITON_INTERPRET, where kernels are Python functions). triton ships what reads a binary.
+`python -m falcon_fast.kernels.gpu.resources 90` compiles for sm_90 and prints a table of every kernel that loss, projector and
+augmentation launch at their SHAPES (not under TRITON_INTERPRET, where kernels are Python functions). triton ships the tools that
+read the binaries.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from falcon_fast.kernels.gpu.loss.gradient import combine
 from falcon_fast.kernels.gpu.loss.loss import falcon_loss_parts
 from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.projector.projector import gradients, normalise
-from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
+from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views_triton
 from falcon_fast.kernels.gpu.views.crops import crop_views
+from falcon_fast.kernels.spec import LossSpec
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block, CUDA C++ programming guide
@@ -72,7 +74,7 @@ MORE_AUGMENTATION_SHAPES = [
 
 
 class Resources(NamedTuple):
-    """Of one kernel: registers and stack bytes (spills) a thread, shared memory bytes a block, instructions by name."""
+    """One kernel: registers and stack bytes (spills) per thread, shared memory bytes per block, instructions by name."""
 
     name: str
     constants: dict[str, Any]
@@ -84,15 +86,15 @@ class Resources(NamedTuple):
 
 
 def launches(shape: tuple[int, int, int, bool, str], architecture: int, prior: str = "reverse") -> list[Launch]:
-    """The launches of one loss, forward and backward, on a GPU of the architecture (80, 90, 100)."""
+    """Return the launches of one loss, forward and backward, on a GPU of the architecture (80, 90, 100)."""
     n, f, c, is_hadamard, plan = shape
     h1, h2 = (torch.empty(n, f, device="meta") for _ in range(2))
     words = torch.empty(c // f if is_hadamard else c, -(-f // 32), dtype=torch.int32, device="meta")
     with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
-        _, parts = falcon_loss_parts(h1, h2, words, c, is_hadamard, 13.9, 1.0, prior, None, plan, None, True)
+        _, parts = falcon_loss_parts(h1, h2, words, LossSpec(c, is_hadamard, 13.9, prior=prior, plan=plan))
         assert parts is not None
         combine(parts.parts, parts.quantum, torch.empty((), device="meta"), torch.float32)
-    # In a process group the columns' two halves are launches of their own.
+    # In a process group the two halves of the columns' kernel are separate launches.
     for launched in [x for x in found if x.kernel is not None and "SUMS" in x.constants]:
         for half in ({"TERMS": False}, {"SUMS": False}):
             found.append(launched._replace(constants={**launched.constants, **half}))
@@ -102,7 +104,7 @@ def launches(shape: tuple[int, int, int, bool, str], architecture: int, prior: s
 def projector_launches(
     shape: tuple[int, int, float | None, torch.dtype, bool], architecture: int
 ) -> tuple[list[Launch], list[Launch]]:
-    """The launches of a projector after its linear product, forward and backward (two views in training)."""
+    """Return the launches of a projector after its linear product, forward and backward (two views in training)."""
     rows, f, row_norm, dtype, training = shape
     x, g, column = (torch.empty(size, device="meta") for size in ((rows, f), (rows, f), (f,)))
     averages = Averages(column, column, torch.empty((), dtype=torch.int64, device="meta"), 0.1)
@@ -118,19 +120,21 @@ def projector_launches(
 
 
 def augmentation_launches(shape: tuple[int, int, Recipe, torch.dtype, bool], architecture: int) -> list[Launch]:
-    """The launches of the photometric stage."""
+    """Return the launches of the photometric stage."""
     n, side, recipe, dtype, channels_last = shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.empty(n, 3, side, side, dtype=torch.uint8, device="meta").to(memory_format=layout)
     packed, column = torch.empty(n, 11, device="meta"), torch.empty(3, device="meta")
     flag = packed[:, 9] > 0
     with recording(divmod(architecture, 10), PROCESSORS[architecture]) as found:
-        augment_views(images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype)
+        augment_views_triton(
+            images, packed[:, :4], packed[:, 4:8], flag, packed[:, 8], flag, column, column, recipe, dtype
+        )
     return found
 
 
 def resources(launched: Launch, architecture: int) -> Resources:
-    """Compile a recorded launch for the architecture and read what it takes."""
+    """Compile a recorded launch for the architecture and return the resources it needs."""
     compiled = compile_ahead(launched, divmod(architecture, 10))
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -159,7 +163,7 @@ def resources(launched: Launch, architecture: int) -> Resources:
 
 
 def crop_launches(shape: tuple[int, int, int]) -> list[Launch]:
-    """The launches that crop two views of n resident images of a side to another."""
+    """Return the launches that crop and resize two views of n resident images; shape: n, side of an image, side of a view."""
     n, side, size = shape
     images = torch.empty(4, side, side, 3, dtype=torch.uint8, device="meta")
     indices = torch.empty(n, dtype=torch.int64, device="meta")
@@ -170,7 +174,7 @@ def crop_launches(shape: tuple[int, int, int]) -> list[Launch]:
 
 
 def distinct(launched: Iterable[Launch], architecture: int) -> Iterator[Resources]:
-    """The resources of each kernel, each configuration once."""
+    """Yield the resources of each kernel, each configuration once."""
     seen = set()
     for launch in launched:
         key = (str(launch.kernel), str(sorted(launch.constants.items())), str(launch.signature))
@@ -180,14 +184,14 @@ def distinct(launched: Iterable[Launch], architecture: int) -> Iterator[Resource
 
 
 def all_resources(architecture: int, shapes: list[tuple[int, int, int, bool, str]], prior: str) -> Iterator[Resources]:
-    """Of the kernels that the loss launches at the shapes."""
+    """Yield the resources of the kernels that the loss launches at the shapes."""
     return distinct((x for shape in shapes for x in launches(shape, architecture, prior)), architecture)
 
 
 def projector_resources(
     architecture: int, shapes: list[tuple[int, int, float | None, torch.dtype, bool]]
 ) -> Iterator[Resources]:
-    """Of the kernels that the projector launches at the shapes."""
+    """Yield the resources of the kernels that the projector launches at the shapes."""
     every = (x for shape in shapes for part in projector_launches(shape, architecture) for x in part)
     return distinct(every, architecture)
 
@@ -195,7 +199,7 @@ def projector_resources(
 def augmentation_resources(
     architecture: int, shapes: list[tuple[int, int, Recipe, torch.dtype, bool]]
 ) -> Iterator[Resources]:
-    """Of the kernels that the photometric stage launches at the shapes, and of those that crop resident images."""
+    """Yield the resources of the kernels of the photometric stage at the shapes, and of those that crop resident images."""
     every = (x for shape in shapes for x in augmentation_launches(shape, architecture))
     crops = (x for shape in CROP_SHAPES for x in crop_launches(shape))
     return distinct(itertools.chain(every, crops), architecture)

@@ -1,7 +1,7 @@
-"""What the kernels share on chip: signs unpacked from bits, two views taken from one accumulator, Hadamard matrices, logarithms.
+"""Functions that several kernels call: unpacking signs, splitting an accumulator into two views, Hadamard matrices, constants.
 
 Prefixes: b_ block in registers, p_ pointers, o_ offsets, m_ masks, i_ program ids. Statistics are float32 and in units of
-log 2 (u = z log2 e), since the hardware's exponential is exp2; offsets are 64-bit.
+log 2 (u = z log2 e), because the hardware's exponential is exp2. Offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ import triton.language as tl
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Half precision below which a stored logit is as good as absent: exp2 of it is 0, and 0 times it is 0, not NaN as for -inf.
+# A stored logit (fp16) that stands for an absent one: exp2 of it is 0, and 0 times it is 0, where -inf would give NaN.
 ABSENT = tl.constexpr(-60000.0)
 
-# In one accumulator of 2 R rows both views of R images alternate by 8 rows, since the tensor cores leave rows r and r + 8 of
-# each 16 in the same thread: a pair of views then meets in registers.
+# In an accumulator of 2 R rows the two views of R images alternate every 8 rows. The tensor cores leave rows r and r + 8 of each
+# 16 in the same thread, so the two views of an image are in the registers of one thread.
 PAIR = tl.constexpr(8)
 
 
 @triton.jit
 def paired_row(i_view, o_image):
-    """The row of a view's image in the paired order: 8 images of view 1, the same 8 of view 2, and so on."""
+    """Return the row of an image of a view in the paired order: 8 images of view 1, the same 8 of view 2, and so on."""
     return (o_image // PAIR) * (2 * PAIR) + i_view * PAIR + o_image % PAIR
 
 
 @triton.jit
 def split_views(b_both, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """A paired tile [2 ROWS, WIDTH] as the tiles [ROWS, WIDTH] of view 1 and view 2. Register moves only (checked in SASS)."""
+    """Split a paired tile [2 ROWS, WIDTH] into the tiles [ROWS, WIDTH] of both views. Register moves only (checked in SASS)."""
     b_1, b_2 = tl.split(b_both.reshape(ROWS // PAIR, 2, PAIR, WIDTH).permute(0, 2, 3, 1))
     return b_1.reshape(ROWS, WIDTH), b_2.reshape(ROWS, WIDTH)
 
 
 @triton.jit
 def feature_of(o_position):
-    """Which feature stands at a position of an expanded code: bits j and j + 16 of a word are neighbours (see `expand_signs`)."""
+    """Return the feature at a position of an expanded code, in which bits j and j + 16 of a word are neighbours."""
     return (o_position // 32) * 32 + (o_position % 32) // 2 + (o_position % 2) * 16
 
 
 @triton.jit
 def expand_signs(b_words):
-    """Packed signs int32 [R, K] as fp16 [R, 32 K] of -1 and +1, positions as in `feature_of`.
+    """Expand packed signs int32 [R, K] to fp16 [R, 32 K] of -1 and +1, at the positions of `feature_of`.
 
-    One shift and one three-input logic operation give two signs: bits j and j + 16 land on the sign bits of the halves of a word
-    whose other bits spell 1.0 twice. (Bit by bit it costs four operations and a packing a sign.)
+    One shift and one three-input logic operation give two signs: bits j and j + 16 become the sign bits of the two halves of a
+    word whose other bits are those of 1.0 twice. (Bit by bit, each sign costs four operations and a packing.)
     """
     b_pairs = b_words[:, :, None] << (15 - tl.arange(0, 16))[None, None, :]
     b_pairs = (b_pairs & -2147450880) ^ -1140802560  # & 0x80008000, ^ 0xBC00BC00
@@ -54,7 +54,7 @@ def expand_signs(b_words):
 
 @triton.jit
 def hadamard_columns(first, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH columns of Sylvester's matrix of SIZE (a power of two up to 256): entry (i, j) is (-1)^popcount(i & j), fp16."""
+    """Return WIDTH columns of Sylvester's matrix of SIZE (a power of two up to 256), fp16: entry i, j is (-1)^popcount(i & j)."""
     b_bits = tl.arange(0, SIZE)[:, None] & (first + tl.arange(0, WIDTH))[None, :]
     b_bits ^= b_bits >> 4
     b_bits ^= b_bits >> 2
@@ -64,11 +64,11 @@ def hadamard_columns(first, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def hadamard_matrix(SIZE: tl.constexpr):
-    """Sylvester's matrix, fp16 [SIZE, SIZE]."""
+    """Return Sylvester's matrix, fp16 [SIZE, SIZE]."""
     return hadamard_columns(0, SIZE, SIZE)
 
 
 @triton.jit
 def not_below(b_x, LEAST: tl.constexpr):
-    """max(x, LEAST) that keeps a NaN."""
+    """Return max(x, LEAST); a NaN stays a NaN."""
     return tl.where(b_x < LEAST, LEAST, b_x)

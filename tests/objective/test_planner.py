@@ -55,7 +55,7 @@ def test_explanation_names_the_choice_and_the_reason() -> None:
     assert "streaming" in lines[-2] and "stored does not fit" in lines[-2]
     assert any(line.startswith("stored") and "over the budget" in line for line in lines)
     assert "times as fast as streaming" in list(explain(64, 2048, 16384, "rademacher", H200))[-2]
-    assert "formed anew faster" in list(explain(64, 2048, 16384, "hadamard", H200))[-2]
+    assert "computing the logits again is faster" in list(explain(64, 2048, 16384, "hadamard", H200))[-2]
     assert "too small even" in list(explain(1024, 2048, 524288, "rademacher", H200, 2**20))[-2]
 
 

@@ -15,7 +15,7 @@ from falcon_fast.data.views.augmentation import Augmentation
 from falcon_fast.data.views.photometric import PhotometricTensors, augment
 from falcon_fast.data.views.photometric_compiled import fused
 from falcon_fast.errors import UsageError
-from falcon_fast.kernels import cpu_extension, why_no_triton
+from falcon_fast.kernels import why_no_extension, why_no_triton
 
 CPU = torch.device("cpu")
 
@@ -89,12 +89,12 @@ def _why_no_cpp(device: torch.device) -> str | None:
     """Return why the C++ stage does not run on this device; None if it does."""
     if device.type != "cpu":
         return "it needs the CPU"
-    return None if cpu_extension else "the C++ kernels were not built: there was no C++ compiler at installation"
+    return why_no_extension()
 
 
 def cpu_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
     """Return the C++ stage: (N, 3, H, W), channels_last, in bfloat16 if that is `dtype`, else in float32."""
-    from falcon_fast.kernels.cpu.views import augment_views
+    from falcon_fast.kernels.cpu.views import augment_views_cpp
 
     a = augmentation
     max_sigma = a.blur_sigma[1] if max(a.blur_probability) > 0 else 0.0
@@ -102,7 +102,7 @@ def cpu_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
 
     def stage(images: Tensor, p: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
         threshold = a.solarize_threshold / 255
-        return augment_views(
+        return augment_views_cpp(
             images, p.factors, p.order, p.gray, p.sigma, p.solarize, mean, std, max_sigma, threshold, made
         )
 
@@ -121,7 +121,7 @@ def compiled_stage(augmentation: Augmentation) -> Photometric:
 
 def triton_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
     """Return the Triton stage: (N, 3, H, W) in `dtype`, channels_last, in one to three launches."""
-    from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views
+    from falcon_fast.kernels.gpu.views.augmentation import Recipe, augment_views_triton
 
     a = augmentation
     jitter = a.jitter_probability > 0
@@ -139,6 +139,6 @@ def triton_stage(augmentation: Augmentation, dtype: torch.dtype) -> Photometric:
     )
 
     def stage(images: Tensor, p: PhotometricTensors, mean: Tensor, std: Tensor) -> Tensor:
-        return augment_views(images, p.factors, p.order, p.gray, p.sigma, p.solarize, mean, std, recipe, dtype)
+        return augment_views_triton(images, p.factors, p.order, p.gray, p.sigma, p.solarize, mean, std, recipe, dtype)
 
     return stage

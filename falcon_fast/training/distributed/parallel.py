@@ -17,10 +17,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from falcon_fast.config import FsdpConfig
+from falcon_fast.kernels.torch_private import BatchNormBase as _BatchNorm
 from falcon_fast.models.network import FalconNetwork, blocks_of
 from falcon_fast.training.distributed.processes import Processes
 

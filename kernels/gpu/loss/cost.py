@@ -1,17 +1,17 @@
-"""What the loss costs on a GPU, by a written model, and so which plan it takes there. Imports no triton.
+"""The cost model of the loss on a GPU, by which a plan is chosen. Does not import triton.
 
-Per loss forward and backward, with G = 4 N f c FLOP (both views' logits formed once) and N c pairs of logits:
+For one loss, forward and backward, with G = 4 N f c FLOP (the logits of both views computed once) and N c pairs of logits:
 
     stored      2 G on the tensor cores (logits once, dZ W^T once), 20 bytes of memory traffic a pair: fp16 logits of both views
                 written, read for the columns, read and overwritten with dZ, read by the product; 6 exponentials a pair;
                 2 f c bytes more for each product that takes expanded codes
-    streaming   4 G (logits three times), 28 bytes a pair, but through the second cache; 8 exponentials
+    streaming   4 G (logits three times), 28 bytes a pair, but through the L2 cache; 8 exponentials
     hadamard    5 transforms of both views of 2 (A + 2 B) FLOP a logit with A B = f; 12 exponentials; hardly any traffic
     reference   2 G in float32 and 296 bytes a pair (eager PyTorch, each softmax once), of which 24 are saved for backward
 
-Predicted times add products, traffic and exponentials: they bound each other's overlap from above. What a device reaches is
-written in `kernels/gpu/devices.py`. cuBLAS's product reached 788 TFLOP/s for dZ W^T in chunks of 8192 codes on an H100
-(triton 3.6, torch 2.11), on which the shares below that our kernels reach were measured, too.
+A predicted time is the sum of products, traffic and exponentials, an upper bound that ignores their overlap. What a device
+reaches is listed in `kernels/gpu/devices.py`. cuBLAS's product reached 788 TFLOP/s for dZ W^T in chunks of 8192 codes on an H100
+(triton 3.6, torch 2.11); the shares of our kernels below were measured there, too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import NamedTuple
 from falcon_fast.kernels.gpu.devices import LAUNCH_SECONDS, Device
 from falcon_fast.kernels.gpu.loss.plan import DEFAULT_BUDGET, EXPANDED_CODES, dense_plan, hadamard_plan, hadamard_served
 
-# Of the library's rate: signs are expanded between two products, not beside them (270 TFLOP/s for 1024 images; 239 for 64 images'
-# logits, but 83 for their dZ W^T, before its blocks were halved to give every processor work).
+# Shares of the library's rate. Signs are expanded between two products, not at the same time (270 TFLOP/s for 1024 images; 239
+# for the logits of 64 images, but 83 for their dZ W^T, before its blocks were halved to give every processor work).
 PACKED_PRODUCT = 0.35
-EXPANDED_PRODUCT = 0.75  # 0.95 ms for 0.55 TFLOP, logits' statistics included, after 0.10 ms of expanding
-# Small products with shuffles between: 2.06 ms for (1024, 2048, 65536), 1.29 of it for the columns before they got a fifth fewer
-# instructions and two programs a processor.
+EXPANDED_PRODUCT = 0.75  # 0.95 ms for 0.55 TFLOP, including the statistics of the logits, after 0.10 ms of expanding
+# Small products with shuffles in between: 2.06 ms for (1024, 2048, 65536), of which the columns took 1.29 before they had a fifth
+# fewer instructions and two programs per processor.
 TRANSFORM = 0.12
 
 
@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> list[Candidate]:
-    """Every plan for `n` images a view, with the reference last.
+    """Return every plan for N = n, with the reference last.
 
     Args:
         codes: `rademacher` or `hadamard`.
@@ -87,7 +87,7 @@ def candidates(n: int, f: int, c: int, codes: str, device: Device, memory_budget
 
 
 def choose(n: int, f: int, c: int, codes: str, device: Device, memory_budget: int | None = None) -> Candidate:
-    """The fastest of our plans that fits the budget; where none does, the one that holds least (and says so when it runs)."""
+    """Return the fastest of our plans that fits the budget, or, if none fits, the one that needs least (running it raises)."""
     ours = candidates(n, f, c, codes, device, memory_budget)[:-1]
     fitting = [candidate for candidate in ours if candidate.fits]
     return min(fitting, key=lambda x: x.seconds) if fitting else min(ours, key=lambda x: x.peak)

@@ -1,7 +1,7 @@
-"""Embeddings of both views as the tensor cores take them: fp16, each row scaled by a power of two.
+"""The embeddings of both views in the form that the tensor cores take: fp16, each row scaled by a power of two.
 
-fp16 and not bf16: its rounding of a tanh output is eight times finer at the same speed. The power of two makes any finite
-row fit (and keeps the small ones from becoming subnormal) without touching a bit of the mantissa.
+fp16 rounds the output of tanh eight times more finely than bf16, at the same speed. With the power of two every finite row fits
+(and small rows do not become subnormal), and no bit of the mantissa changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.tiles import LOG2_E, feature_of, paired_row
 
-IMAGES = 8  # a program: as many as follow one another in the paired order
+IMAGES = 8  # per program: as many as follow one another in the paired order
 BLOCK = 256
 
 
@@ -50,7 +50,7 @@ def cast_embeddings_kernel(
         b_h = tl.abs(tl.load(p_in[:, None] + o[None, :], mask=m, other=0.0).to(tl.float32))
         b_top = tl.maximum(b_top, b_h)
         b_norm += b_h
-    # top is in [2^(e - 127), 2^(e - 126)): times 2^(126 - e) it is in [1/2, 1). Zeros, infinities and NaN stay what they are.
+    # top is in [2^(e - 127), 2^(e - 126)), so top times 2^(126 - e) is in [1/2, 1). Zeros, infinities and NaN do not change.
     b_exponent = (tl.max(b_top, 1).to(tl.int32, bitcast=True) >> 23) & 255
     b_exponent = tl.minimum(tl.maximum(b_exponent, 1), 252)
     b_shrink = ((253 - b_exponent) << 23).to(tl.float32, bitcast=True)
@@ -76,10 +76,11 @@ def cast_embeddings_kernel(
 def cast_embeddings(
     h1: torch.Tensor, h2: torch.Tensor, tau: float, padded_n: int, padded_f: int, paired: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both views' embeddings (N, f) as fp16 (2 padded_n, padded_f), each row's scale and L1 norm (2 padded_n,).
+    """Return the embeddings (N, f) of both views as fp16 (2 padded_n, padded_f), and the scale and L1 norm of each row.
 
-    A logit in units of log 2 is the row's product with a code times its scale, log2(e) / tau included. `paired` rows and columns
-    are in the order of `tiles.paired_row` and `tiles.feature_of`; otherwise view 1, then view 2, columns as they are.
+    Scales and norms are float32 (2 padded_n,). A logit in units of log 2 is the product of the row and a code, times the scale of
+    the row, which includes log2(e) / tau. If `paired`, rows and columns have the order of `tiles.paired_row` and
+    `tiles.feature_of`; otherwise view 1 comes first, then view 2, and the columns keep their order.
     """
     n, f = h1.shape
     out = torch.empty(2 * padded_n, padded_f, dtype=torch.float16, device=h1.device)

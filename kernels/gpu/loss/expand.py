@@ -1,4 +1,4 @@
-"""Packed codes as fp16 in memory, some thousands at a time, for products that are large enough to pay for it."""
+"""Packed codes expanded to fp16 in memory, some thousands at a time, for products that are large enough to make that pay."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def expand_kernel(
 
 
 def expand_codes(words: torch.Tensor, out: torch.Tensor, ordered: bool) -> None:
-    """Packed signs (count, words a code) as fp16 `out` (count, f): features in order, or as in `tiles.feature_of` for f up to any
-    multiple of 32, where signs that are not there are -1."""
+    """Expand packed signs (count, words per code) into `out`, fp16 (count, f).
+
+    The features are in order if `ordered`. Otherwise they have the order of `tiles.feature_of`, f may be any multiple of 32,
+    and the entries of absent features are -1.
+    """
     count, f = out.shape
     launch(
         expand_kernel,

@@ -1,7 +1,7 @@
-"""The last of the forward pass: a summed over the codes, the loss and its terms, and a scale for each row's gradient.
+"""The end of the forward pass: a summed over the codes, the loss and its terms, and a scale for the gradient of each row.
 
-dZ is kept in fp16 for the tensor cores, so each row is scaled by a bound of its largest entry. One launch does all three; of
-several ranges of codes each adds its part of a, and the last does the rest.
+dZ is kept in fp16 for the tensor cores, so each row is scaled by a bound on its largest entry. One launch does all three. With
+several ranges of codes each range adds its part of a, and the last one does the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Readings(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A gradient before it is put together: parts (splits, 2 N, f) float32 and the rows' quanta (2, 2, N); see `combine`."""
+    """A gradient before its parts are added up: parts (splits, 2 N, f) float32 and the quanta of the rows (2, 2, N); see
+    `combine`."""
 
     parts: torch.Tensor
     quantum: torch.Tensor
@@ -59,11 +60,11 @@ def row_bound(
     FORWARD: tl.constexpr,
     PAIRED: tl.constexpr,
 ):
-    """A bound of 2 N |dZ_ij| over the codes j, for rows of a view.
+    """Return a bound on 2 N |dZ_ij| over the codes j, for rows of a view.
 
     |dZ| 2 N <= P (|g - a| + beta (1 + |x| + |y of the other view|)) + beta P_other, and every P is at most 1 / s. A logit is at
     most the L1 norm over tau. P |g| <= P (ln c + ln N + 1) for the reverse prior (pbar >= P / N, and p ln(1/p) has its maximum
-    at 1/e), and <= N / c for the forward one. A bound a thousand times too large costs nothing: fp16 has 30 binades.
+    at 1/e), and <= N / c for the forward one. A bound that is a thousand times too large does no harm: fp16 has 30 binades.
     """
     o = i_view * n + o_row
     o_other = (1 - i_view) * n + o_row
@@ -97,7 +98,7 @@ def store_readings(
     beta,
     COUNT: tl.constexpr,
 ):
-    """The loss and its terms from the codes' partial sums and the rows, by one program."""
+    """Store the loss and its terms, from the partial sums over the codes and the statistics of the rows (one program)."""
     prior = 0.0
     for start in range(0, 2 * all_strips, 1024):
         o_term = start + tl.arange(0, 1024)
@@ -204,17 +205,17 @@ def finish(
     paired: bool,
     target: float,
 ) -> None:
-    """Add a range's partial a (strips, 2, N) to the rows'; after the last range also the readings and the rows' quanta.
+    """Add the partial a (strips, 2, N) of a range of codes to that of the rows; after the last range, write readings and quantum.
 
-    quantum (2, 2, N): what one unit of a row's fp16 dZ is worth in dH, and how many units 2 N dZ = 1 is: the largest |dZ| of a
-    row takes at most `target` units.
+    quantum (2, 2, N): the value in dH of one unit of a row's fp16 dZ, and the number of units of 2 N dZ = 1. The largest |dZ|
+    of a row takes at most `target` units.
     """
     strips, _, n = partial.shape
     launch(
         finish_kernel,
         (ceil_div(n, FINISHED_ROWS), 2),
         partial,
-        rows.prior,
+        rows.a,
         rows.sum,
         rows.cross,
         norm,

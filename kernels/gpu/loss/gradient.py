@@ -1,9 +1,9 @@
-"""The gradient: dZ over the stored logits, its product with the codes, and the factor that comes with backward.
+"""The gradient: dZ, which replaces the stored logits, its product with the codes, and the factor known in the backward pass.
 
     2 N dZ_1 = P_1 g_1 + P_1 (beta - a_1 + beta x_1 - beta y_2) - beta P_2        dH_1 = dZ_1 W^T / tau,  view 2 by symmetry
 
-dZ takes the place of the logits, in fp16 and in units of the row's quantum (finish.finish), which is multiplied in again,
-together with the loss's own gradient, when the product's parts are added up.
+dZ replaces the logits in memory, in fp16 and in units of the row's quantum (finish.finish). When the parts of the product are
+added up, they are multiplied by the quantum and by the gradient of the loss itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMBINED_ROWS, COMBINED_COLUMNS = 4, 512
 
 @triton.jit
 def view_gradient(b_log_p, b_p, b_log_pbar, b_free, b_other_y, b_other_p, log_c, beta, FORWARD: tl.constexpr):
-    """2 N dZ of one view; `free` is beta - a + beta x of a row."""
+    """Return 2 N dZ of one view; `free` is beta - a + beta x of a row."""
     b_prior = prior_gradient(b_log_p, b_p, b_log_pbar, log_c, FORWARD)
     return b_prior + b_p * (b_free - beta * LN_2 * b_other_y) - beta * b_other_p
 
@@ -34,7 +34,7 @@ def view_gradient(b_log_p, b_p, b_log_pbar, b_free, b_other_y, b_other_p, log_c,
 def logit_gradients(
     b_y1, b_y2, b_log_s1, b_log_s2, b_free1, b_free2, b_log_pbar1, b_log_pbar2, log_c, beta, FORWARD: tl.constexpr
 ):
-    """2 N dZ of both views from y (log 2 units). All broadcast together."""
+    """Return 2 N dZ of both views from y (log 2 units). All arguments broadcast together."""
     b_log_p1 = b_y1 - b_log_s1
     b_log_p2 = b_y2 - b_log_s2
     b_p1 = tl.exp2(b_log_p1)
@@ -46,7 +46,7 @@ def logit_gradients(
 
 @triton.jit
 def row_terms(p_sum, p_cross, p_a, p_quantum, o, m_row, n, beta):
-    """log2 s, beta - a + beta x, and the units per 2 N dZ, of rows at offsets `o` of the (2, n) arrays."""
+    """Return log2 s, beta - a + beta x, and the units per 2 N dZ, of the rows at offsets `o` of the (2, n) arrays."""
     b_sum = tl.load(p_sum + o, mask=m_row, other=1.0)
     b_x = LN_2 * tl.load(p_cross + o, mask=m_row, other=0.0) / b_sum
     b_free = beta - tl.load(p_a + o, mask=m_row, other=0.0) + beta * b_x
@@ -119,7 +119,7 @@ def dz_in_place(
     count: int,
     scales: Scales,
 ) -> None:
-    """Put dZ, in units of the rows' quanta, over the logits d (2, N, width) of the codes [first, first + count)."""
+    """Replace the logits d (2, N, width) of the codes [first, first + count) by dZ, in units of the quanta of the rows."""
     _, n, width = d.shape
     launch(
         dz_kernel,
@@ -129,7 +129,7 @@ def dz_in_place(
         rows.maximum,
         rows.sum,
         rows.cross,
-        rows.prior,
+        rows.a,
         quantum,
         state.log_pbar[:, first:],
         n,
@@ -189,7 +189,7 @@ def product_kernel(
 
 
 def packed_product(dz: torch.Tensor, words: torch.Tensor, out: torch.Tensor, tiles: ProductTiles, add: bool) -> None:
-    """out (splits, rows, f) = dz (rows, width) times the codes `words` (count, words a code), or added to it, split by codes."""
+    """Compute out (splits, rows, f) = dz (rows, width) times the codes `words`, split by codes, or add it to out if `add`."""
     rows, width = dz.shape
     splits, _, f = out.shape
     split_codes = ceil_div(ceil_div(width, splits), tiles.depth) * tiles.depth
@@ -217,7 +217,7 @@ def packed_product(dz: torch.Tensor, words: torch.Tensor, out: torch.Tensor, til
 def library_product(
     dz: torch.Tensor, words: torch.Tensor, expanded: torch.Tensor, out: torch.Tensor, add: bool
 ) -> None:
-    """The same by torch's matrix product, on codes expanded into `expanded`, fp16 (at least count, f); out: (1, rows, f)."""
+    """Do the same by torch's matrix product, on codes expanded into `expanded`, fp16 (at least count, f); out: (1, rows, f)."""
     count = words.shape[0]
     expand_codes(words, expanded[:count], ordered=True)
     multiply(dz[:, :count], expanded[:count], out[0], add)
@@ -259,7 +259,7 @@ def combine_kernel(
 def combine(
     parts: torch.Tensor, quantum: torch.Tensor, grad_loss: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients (N, f) of both views in `dtype`: the parts (splits, 2 N, f) added up, times quantum and loss gradient."""
+    """Return the gradients (N, f) of both views in `dtype`: the sum of the parts (splits, 2 N, f) times quantum and grad_loss."""
     splits, rows, f = parts.shape
     n = rows // 2
     g1, g2 = (torch.empty(n, f, dtype=dtype, device=parts.device) for _ in range(2))

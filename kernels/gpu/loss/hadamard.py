@@ -1,19 +1,17 @@
-"""The loss for Hadamard codes: every sweep forms the logits anew by a fast transform (transform.py), nothing is stored."""
+"""The loss for Hadamard codes: every sweep computes the logits again by a fast transform (transform.py); none are stored."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from falcon_fast.kernels.collectives import count_flagged
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.loss.columns import (
     ColumnState,
     Scales,
     accumulated,
-    count_used,
-    log_sum_over,
     prior_gradient,
     prior_of,
 )
@@ -25,8 +23,9 @@ from falcon_fast.kernels.gpu.loss.plan import HadamardPlan
 from falcon_fast.kernels.gpu.loss.rows import RowState, merge_rows
 from falcon_fast.kernels.gpu.loss.transform import back, block_flips, flipped_rows, transformed
 from falcon_fast.kernels.gpu.tiles import hadamard_columns, hadamard_matrix
+from falcon_fast.kernels.spec import LossSpec
 
-# Units that the largest |dZ| of a row may take: the first product of the way back adds up to 64 of them in fp16.
+# Units that the largest |dZ| of a row may take: the first product of the transform back adds up to 64 of them in fp16.
 TARGET = 512.0
 
 
@@ -83,7 +82,7 @@ def rows_kernel(
         b_y2 = b_z2 - b_new2[:, None]
         b_before1 = tl.exp2(b_max1 - b_new1)
         b_before2 = tl.exp2(b_max2 - b_new2)
-        # -inf - (-inf) of the first block: there is nothing to move then.
+        # In the first block this is -inf - (-inf), and there is no sum to move.
         b_moved1 = tl.where(b_sum1 > 0, (b_max2 - b_new2) * b_sum1, 0.0)
         b_moved2 = tl.where(b_sum2 > 0, (b_max1 - b_new1) * b_sum2, 0.0)
         b_e = tl.exp2(b_y1)
@@ -252,22 +251,13 @@ def gradient_kernel(
 
 
 def hadamard_loss(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    tau: float,
-    beta: float,
-    prior: str,
-    group: dist.ProcessGroup | None,
-    plan: HadamardPlan,
-    with_gradient: bool,
+    h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, spec: LossSpec, plan: HadamardPlan
 ) -> tuple[Readings, Parts | None]:
-    """Loss and gradient parts of embeddings (N, f) for the blocks' packed signs `words` (c/f, ceil(f/32))."""
+    """Return loss and gradient parts of embeddings (N, f) for the packed signs `words` (c/f, ceil(f/32)) of the blocks."""
     n, f = h1.shape
-    device, blocks = h1.device, c // f
-    scales = Scales.of(n, c, tau, beta, prior, 1 if group is None else dist.get_world_size(group))
-    h, scale, norm = cast_embeddings(h1, h2, tau, n, f, paired=False)
+    c, group, device, blocks = spec.c, spec.group, h1.device, spec.c // f
+    scales = Scales.of(n, spec)
+    h, scale, norm = cast_embeddings(h1, h2, spec.tau, n, f, paired=False)
     shape = {"A": plan.a, "B": plan.b}
 
     rows = RowState.empty(n, device)
@@ -333,7 +323,7 @@ def hadamard_loss(
         columns(sums=True, terms=True)
     else:
         columns(sums=True, terms=False)
-        log_sum_over(group, state.log_pbar[:, :c])
+        state.reduce_log_pbar(group, 0, c)
         columns(sums=False, terms=True)
     quantum, readings = torch.empty(2, 2, n, device=device), Readings.empty(device)
     finish(
@@ -351,8 +341,8 @@ def hadamard_loss(
         target=TARGET,
     )
     if group is not None:
-        readings = readings._replace(codes_used=count_used(state.used, c, group))
-    if not with_gradient:
+        readings = readings._replace(codes_used=count_flagged(state.used[:c], group))
+    if not spec.with_gradient:
         return readings, None
 
     parts = torch.empty(plan.gradient_splits, 2 * n, f, device=device)
@@ -365,7 +355,7 @@ def hadamard_loss(
         rows.maximum,
         rows.sum,
         rows.cross,
-        rows.prior,
+        rows.a,
         quantum,
         state.log_pbar,
         parts,

@@ -1,19 +1,20 @@
 """Logits of a dense dictionary for a range of codes, with their row statistics.
 
-One program forms both views' logits of a block of images and codes in one accumulator (rows in the paired order) and takes
-for each row and tile of 128 codes, in units of log 2,
+One program computes the logits of both views of a block of images and codes in one accumulator (rows in the paired order). For
+each row and tile of 128 codes it then computes, in units of log 2,
 
     m = max_j u_ij                d_ij = fp16(u_ij - m), the stored logit
     s = sum_j exp2(d_ij)          x_1 = sum_j exp2(d_1) d_2, x_2 = sum_j exp2(d_2) d_1          argmax_j
 
 The statistics are those of the stored logits, not of the exact ones: everything after is then exact for logits that are off by
-half a unit in fp16's last place, where mixing the two would leave differences of large numbers. A tile spans 128 codes
-because with 512 the distance to the maximum, and so fp16's error, is large enough to double the gradient's.
+half a unit in the last place of fp16, while mixing the two would leave differences of large numbers. A tile spans 128 codes: with
+512 the distances to the maximum, and so the errors of fp16, are large enough to double the error of the gradient.
 
-Codes are expanded from their bits between the products, or, for many images on Hopper, to fp16 in memory before: through shared
-memory expanding costs as much as the product (2.03 ms for 1024 images, f = 2048 and 65536 codes on an H100, 270 TFLOP/s, against
-1.05 with 0.10 of expanding included, 525). Expanded codes as the left operand, from registers, take 1.02, but triton 3.6 then
-writes the next step's signs into registers that products under way still read: one of seven block shapes gave wrong logits.
+Codes are expanded from their bits between the products or, for many images on Hopper, to fp16 in memory beforehand. Expanding
+through shared memory costs as much as the product: 2.03 ms for 1024 images, f = 2048 and 65536 codes on an H100 (270 TFLOP/s),
+compared with 1.05 ms including 0.10 ms of expanding (525 TFLOP/s). With expanded codes as the left operand, from registers, it
+takes 1.02 ms, but triton 3.6 then writes the signs of the next step into registers that unfinished products still read: one of
+seven block shapes gave wrong logits.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def logits_kernel(
     STATISTICS: tl.constexpr,
 ):
     TILES: tl.constexpr = CODES // TILE
-    # Programs with the same codes follow one another: they come from the cache, and the embeddings are in it anyway.
+    # Programs with the same codes follow one another: the codes are then in the cache, and the embeddings are there anyway.
     i_rows, i_codes = tl.program_id(0), skipped // CODES + tl.program_id(1)
     o_both = i_rows * (2 * ROWS) + tl.arange(0, 2 * ROWS)
     o_code = i_codes * CODES + tl.arange(0, CODES)
@@ -107,7 +108,7 @@ def logits_kernel(
         o_first = first + o_tile[None, :] * TILE
         b_y1 = b_d1.to(tl.float32)
         b_y2 = b_d2.to(tl.float32)
-        # Lowest code at the maximum, cheaper than an argmax by two operations a logit.
+        # The lowest code at the maximum: two operations per logit cheaper than an argmax.
         b_at1 = tl.min(tl.where(b_y1 == 0, o_column[None, None, :], TILE), 2)
         b_at2 = tl.min(tl.where(b_y2 == 0, o_column[None, None, :], TILE), 2)
         tl.store(p_argmax + o_1, o_first + b_at1, mask=m_tile)
@@ -139,10 +140,11 @@ def dense_logits(
     statistics: TileStatistics | None,
     tiles: LogitsTiles,
 ) -> None:
-    """Logits of the codes `words` (count, words a code), which start at code `first`.
+    """Compute the logits of the codes `words` (count, words per code), the first of which is code `first`.
 
-    h, scale: from `cast_embeddings`, paired. expanded: where `tiles` ask for it, room for `plan.EXPANDED_CODES` codes, or all, in
-    whole blocks, fp16 (codes, padded f). Written: maxima (2, tiles, N), and unless None d (2, N, width) and `statistics`.
+    h, scale: from `cast_embeddings`, paired.  expanded: memory for the expanded codes if `tiles.expanded`, fp16 (codes, padded
+    f), for `plan.EXPANDED_CODES` codes or for all of them, in whole blocks.  The maxima (2, tiles, N) are written, and, unless
+    they are None, d (2, N, width) and `statistics`.
     """
     count, words_per_code = words.shape
     _, count_tiles, n = maxima.shape

@@ -1,12 +1,12 @@
-"""The loss and the parts of its gradient on a GPU: three sweeps over the codes that never hold an N x c matrix in autograd.
+"""The loss and the parts of its gradient on a GPU, in three sweeps over the codes; autograd never holds an N x c matrix.
 
-Sweep 1 forms the logits and the statistics of their rows (logits.py), sweep 2 those of their columns and the loss
-(rows.py, columns.py), sweep 3 the gradient (gradient.py). The stored plan has one range of codes, all of them, whose logits
-stay in fp16 (4 bytes a pair of views) from sweep to sweep and turn into dZ in place; the streaming plan forms them anew in each
-sweep, in ranges that stay in the second cache, so that nothing of the size N x c exists. Hadamard dictionaries have kernels of
-their own (hadamard.py), which stream always: forming their logits again costs less than reading them back.
+Sweep 1 computes the logits and the statistics of their rows (logits.py, rows.py), sweep 2 the statistics of their columns and the
+loss (columns.py, finish.py), sweep 3 the gradient (gradient.py). The stored plan has one range of codes, which contains all of
+them. Its logits stay in fp16 (4 bytes for a pair of views) from sweep to sweep, and dZ replaces them in place. The streaming plan
+computes the logits again in each sweep, in ranges that stay in the L2 cache, so that nothing of the size N x c exists. Hadamard
+dictionaries have their own kernels (hadamard.py), which always stream: computing their logits again costs less than reading them.
 
-Nothing here looks at a value on the device, so that a step can be captured as a CUDA graph.
+No code here reads a value from the device, so a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
+from falcon_fast.kernels.collectives import count_flagged
 from falcon_fast.kernels.gpu.devices import nearest_device
 from falcon_fast.kernels.gpu.launch import device_facts
 from falcon_fast.kernels.gpu.loss import hadamard, transform, tuning
-from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, columns, count_used, log_sum_over
+from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales, columns
 from falcon_fast.kernels.gpu.loss.cost import choose
 from falcon_fast.kernels.gpu.loss.embeddings import cast_embeddings
 from falcon_fast.kernels.gpu.loss.finish import Parts, Readings, finish
@@ -39,15 +39,18 @@ from falcon_fast.kernels.gpu.loss.plan import (
 )
 from falcon_fast.kernels.gpu.loss.rows import RowState, merge_rows
 from falcon_fast.kernels.gpu.support import INTERPRETING
+from falcon_fast.kernels.spec import LossSpec
 
 # Units that the largest |dZ| of a row may take: fp16 ends at 65504.
 DENSE_TARGET = 32768.0
 
 
 class _Ranges:
-    """The ranges of codes of a dense plan, and the logits of each: as they are stored, or formed anew."""
+    """The ranges of codes of a dense plan, and the logits of each: stored, or computed again."""
 
-    def __init__(self, h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, c: int, plan: DensePlan, tau: float):
+    def __init__(
+        self, h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, c: int, plan: DensePlan, tau: float
+    ) -> None:
         self.n, self.f = h1.shape
         self.c, self.words, self.plan, self.device = c, words, plan, h1.device
         padded_n, padded_f = ceil_to(self.n, plan.logits.rows), ceil_to(self.f, plan.logits.depth)
@@ -60,18 +63,19 @@ class _Ranges:
         self.maxima = torch.empty(2 * self.n * (plan.width // TILE), device=self.device)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """(first code, number of codes) of each."""
+        """Yield the first code and the number of codes of each range."""
         for first in range(0, self.c, self.plan.width):
             yield first, min(self.plan.width, self.c - first)
 
     def stored(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the logits (2, N, width) of `count` codes and their tiles' maxima (2, tiles, N) are."""
+        """Return the memory of the logits (2, N, width) of `count` codes and of the maxima of their tiles (2, tiles, N)."""
         width = ceil_to(count, TILE)
         tiles = width // TILE
         d = self.d[: 2 * self.n * width].view(2, self.n, width)
         return d, self.maxima[: 2 * self.n * tiles].view(2, tiles, self.n)
 
     def form(self, first: int, count: int, statistics: TileStatistics | None, keep: bool) -> None:
+        """Compute the logits of a range, with their statistics unless None; write them to memory if `keep`."""
         d, maxima = self.stored(count)
         dense_logits(
             self.h,
@@ -86,29 +90,20 @@ class _Ranges:
         )
 
     def again(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The range's logits for a later sweep."""
+        """Return the logits of a range and the maxima of their tiles for a later sweep."""
         if not self.plan.stored:
             self.form(first, count, None, keep=True)
         return self.stored(count)
 
 
 def dense_loss(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    tau: float,
-    beta: float,
-    prior: str,
-    group: dist.ProcessGroup | None,
-    plan: DensePlan,
-    with_gradient: bool,
+    h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, spec: LossSpec, plan: DensePlan
 ) -> tuple[Readings, Parts | None]:
-    """Loss and gradient parts of embeddings (N, f) for packed codes `words` (c, words a code)."""
+    """Return loss and gradient parts of embeddings (N, f) for the packed signs `words` (c, words per code) of all codes."""
     n, f = h1.shape
-    device = h1.device
-    scales = Scales.of(n, c, tau, beta, prior, 1 if group is None else dist.get_world_size(group))
-    ranges = _Ranges(h1, h2, words, c, plan, tau)
+    c, group, device = spec.c, spec.group, h1.device
+    scales = Scales.of(n, spec)
+    ranges = _Ranges(h1, h2, words, c, plan, spec.tau)
     rows = RowState.empty(n, device)
     for first, count in ranges:
         statistics = TileStatistics(n, ceil_to(count, TILE) // TILE, device)
@@ -125,7 +120,7 @@ def dense_loss(
             columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=True)
         else:
             columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=False)
-            log_sum_over(group, state.log_pbar[:, first : first + count])
+            state.reduce_log_pbar(group, first, count)
             columns(d, maxima, rows, state, partial, first, count, scales, sums=False, terms=True)
         finish(
             partial,
@@ -143,8 +138,8 @@ def dense_loss(
         )
         del partial
     if group is not None:
-        readings = readings._replace(codes_used=count_used(state.used, c, group))
-    if not with_gradient:
+        readings = readings._replace(codes_used=count_flagged(state.used[:c], group))
+    if not spec.with_gradient:
         return readings, None
 
     parts = torch.empty(plan.splits, 2 * n, f, device=device)
@@ -165,62 +160,57 @@ def dense_loss(
     return readings, Parts(parts, quantum)
 
 
-def _chosen(
-    n: int, f: int, c: int, is_hadamard: bool, plan: str, memory_budget: int | None, device: torch.device
-) -> DensePlan | HadamardPlan:
-    """The plan; for Hadamard codes of a width that has no kernels a dense one. Raises ValueError for one that does not fit."""
+def _chosen(n: int, f: int, spec: LossSpec, device: torch.device) -> DensePlan | HadamardPlan:
+    """Return the plan for N = n; for Hadamard codes of a width without kernels it is a dense one.
+
+    Raises ValueError if the stated plan or budget does not fit.
+    """
     facts = device_facts(device)
-    if is_hadamard and hadamard_served(f):
-        if plan == "stored":
-            raise ValueError("Hadamard codes are formed anew faster than read back: choose the plan auto or streaming")
-        chosen: DensePlan | HadamardPlan = hadamard_plan(n, f, c, facts.capability, facts.processors)
+    if spec.is_hadamard and hadamard_served(f):
+        if spec.plan == "stored":
+            raise ValueError(
+                "logits of Hadamard codes are not stored, as computing them again is faster than reading them: choose the "
+                "plan auto or streaming"
+            )
+        chosen: DensePlan | HadamardPlan = hadamard_plan(n, f, spec.c, facts.capability, facts.processors)
         name = "the loss"
     else:
-        name = plan
-        if plan == "auto":
+        name = spec.plan
+        if name == "auto":
             model = dataclasses.replace(
                 nearest_device(facts.name, facts.capability), capability=facts.capability, processors=facts.processors
             )
-            name = choose(n, f, c, "rademacher", model, memory_budget).name
-        chosen = dense_plan(n, f, c, name == "stored", memory_budget, facts.capability, facts.processors)
+            name = choose(n, f, spec.c, "rademacher", model, spec.memory_budget).name
+        chosen = dense_plan(n, f, spec.c, name == "stored", spec.memory_budget, facts.capability, facts.processors)
         name = f"the {name} plan of the loss"
-    check_budget(name, chosen.peak, n, f, c, memory_budget)
+    check_budget(name, chosen.peak, n, f, spec.c, spec.memory_budget)
     return chosen
 
 
-def parts_shape(
-    n: int, f: int, c: int, is_hadamard: bool, plan: str, memory_budget: int | None, device: torch.device
-) -> tuple[int, int, int]:
-    """The shape of `Parts.parts` that `falcon_loss_parts` gives for these arguments."""
-    chosen = _chosen(n, f, c, is_hadamard, plan, memory_budget, device)
+def parts_shape(n: int, f: int, spec: LossSpec, device: torch.device) -> tuple[int, int, int]:
+    """Return the shape of `Parts.parts` that `falcon_loss_parts` gives for embeddings (n, f) on `device`."""
+    chosen = _chosen(n, f, spec, device)
     return (chosen.gradient_splits if isinstance(chosen, HadamardPlan) else chosen.splits), 2 * n, f
 
 
 def falcon_loss_parts(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    is_hadamard: bool,
-    tau: float,
-    beta: float,
-    prior: str,
-    group: dist.ProcessGroup | None,
-    plan: str,
-    memory_budget: int | None,
-    with_gradient: bool,
+    h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, spec: LossSpec
 ) -> tuple[Readings, Parts | None]:
-    """Loss and gradient parts of embeddings (N, f) in any precision up to float32, for either dictionary."""
+    """Return loss and gradient parts of embeddings (N, f) in any precision up to float32, for either kind of dictionary.
+
+    words: the packed signs (see `LossSpec`). The parts are None without `spec.with_gradient`. Raises ValueError if the stated
+    plan or budget does not fit.
+    """
     n, f = h1.shape
-    if INTERPRETING and h1.dtype == torch.bfloat16:  # which the interpreter loads wrongly
+    if INTERPRETING and h1.dtype == torch.bfloat16:  # the interpreter loads bfloat16 wrongly
         h1, h2 = h1.float(), h2.float()
     h1, h2 = (h if h.stride(1) == 1 else h.contiguous() for h in (h1, h2))
-    chosen = _chosen(n, f, c, is_hadamard, plan, memory_budget, h1.device)
+    chosen = _chosen(n, f, spec, h1.device)
     if isinstance(chosen, HadamardPlan):
-        return hadamard.hadamard_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)
-    if is_hadamard:
-        words = transform.as_dense(words, f, c)
+        return hadamard.hadamard_loss(h1, h2, words, spec, chosen)
+    if spec.is_hadamard:
+        words = transform.as_dense(words, f, spec.c)
     words = words.contiguous()
     if tuning.TUNING:
         chosen = chosen._replace(logits=tuning.fastest_logits(h1, h2, words, device_facts(h1.device)))
-    return dense_loss(h1, h2, words, c, tau, beta, prior, group, chosen, with_gradient)
+    return dense_loss(h1, h2, words, spec, chosen)

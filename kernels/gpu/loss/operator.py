@@ -1,8 +1,8 @@
 """The loss as a PyTorch operator: what autograd, torch.compile and CUDA graphs see of the kernels.
 
-`falcon_fast::loss` forms the gradient in the forward pass (the loss is a scalar, and its factor is one number) and returns it in
-parts beside the readings; `falcon_fast::loss_gradient` puts it together and multiplies the loss's own gradient in. Both have
-fake kernels, so that a compiler can trace through them without running anything.
+`falcon_fast::loss` computes the gradient in the forward pass (the loss is a scalar, so its own gradient is one factor) and
+returns it in parts, after the loss and its terms. `falcon_fast::loss_gradient` adds the parts up and multiplies them by that
+factor. Both operators have fake kernels, so that a compiler can trace through them without running anything.
 """
 
 from __future__ import annotations
@@ -10,62 +10,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from falcon_fast.kernels.gpu.loss.gradient import combine
 from falcon_fast.kernels.gpu.loss.loss import falcon_loss_parts, parts_shape
+from falcon_fast.kernels.spec import NO_GRADIENTS, LossSpec, operator_schema, save_gradient
 
 __all__ = ["triton_loss"]
 
 
-@torch.library.custom_op("falcon_fast::loss", mutates_args=())
-def loss_op(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    is_hadamard: bool,
-    tau: float,
-    beta: float,
-    prior: str,
-    group_name: str,
-    plan: str,
-    memory_budget: int | None,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    group = _resolve_process_group(group_name) if group_name else None  # type: ignore[arg-type]
-    readings, gradient = falcon_loss_parts(
-        h1, h2, words, c, is_hadamard, tau, beta, prior, group, plan, memory_budget, with_gradient
-    )
+@torch.library.custom_op("falcon_fast::loss", mutates_args=(), schema=operator_schema(2))
+def loss_op(h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
+    readings, gradient = falcon_loss_parts(h1, h2, words, LossSpec.of_flat(settings))
     if gradient is None:
         return *readings, torch.empty(0, device=h1.device), torch.empty(0, device=h1.device)
     return *readings, *gradient
 
 
 @loss_op.register_fake
-def _(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    is_hadamard: bool,
-    tau: float,
-    beta: float,
-    prior: str,
-    group_name: str,
-    plan: str,
-    memory_budget: int | None,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
+    spec = LossSpec.of_flat(settings)
     n, f = (int(size) for size in h1.shape)  # the plan, and with it the number of parts, depends on the values
     parts: tuple[int, ...] = (0,)
     quantum: tuple[int, ...] = (0,)
-    if with_gradient:
-        parts, quantum = parts_shape(n, f, c, is_hadamard, plan, memory_budget, h1.device), (2, 2, n)
+    if spec.with_gradient:
+        parts, quantum = parts_shape(n, f, spec, h1.device), (2, 2, n)
     readings = [h1.new_empty((), dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float32, torch.int64)]
-    gradient = [h1.new_empty(shape, dtype=torch.float32) for shape in (parts, quantum)]
-    return readings[0], readings[1], readings[2], readings[3], gradient[0], gradient[1]
+    return *readings, *(h1.new_empty(shape, dtype=torch.float32) for shape in (parts, quantum))
 
 
 @torch.library.custom_op("falcon_fast::loss_gradient", mutates_args=())
@@ -83,43 +53,22 @@ def _(
     return parts.new_empty(shape, dtype=dtype), parts.new_empty(shape, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[4:])
-    ctx.dtype = inputs[0].dtype
-
-
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 12
-    return *gradient_op(*ctx.saved_tensors, grad_loss, ctx.dtype), *(None,) * 10
+        return (None, None, *NO_GRADIENTS)
+    return *gradient_op(*ctx.saved_tensors, grad_loss, ctx.dtype), *NO_GRADIENTS
 
 
-loss_op.register_autograd(_backward, setup_context=_setup_context)
+loss_op.register_autograd(_backward, setup_context=save_gradient)
 
 
 def triton_loss(
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    words: torch.Tensor,
-    c: int,
-    is_hadamard: bool,
-    tau: float,
-    beta: float,
-    prior: str,
-    group: dist.ProcessGroup | None,
-    plan: str,
-    memory_budget: int | None,
+    h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, spec: LossSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss (differentiable once), prior, invariance and codes in use, of embeddings (N, f) in any precision up to float32.
+    """Return loss (differentiable once), prior, invariance and codes in use, each 0-d.
 
-    The public door, `falcon_loss`, checks the arguments and says what they mean. Raises ValueError where the plan or the budget
-    does not fit.
+    h1, h2: embeddings (N, f) in any precision up to float32.  words: the packed signs of the dictionary (see `LossSpec`).
+    `falcon_loss` checks the arguments. Raises ValueError if the plan or the budget does not fit.
     """
-    with_gradient = torch.is_grad_enabled() and (h1.requires_grad or h2.requires_grad)
-    name = "" if group is None else group.group_name
-    loss, prior_term, invariance, used, _, _ = loss_op(
-        h1, h2, words, c, is_hadamard, tau, beta, prior, name, plan, memory_budget, with_gradient
-    )
-    return loss, prior_term, invariance, used
+    loss, prior, invariance, used, _, _ = loss_op(h1, h2, words, *spec.flat())
+    return loss, prior, invariance, used

@@ -1,22 +1,22 @@
-"""How the Triton kernels go about one loss: block shapes for an architecture, the range of codes at a time, and what is held.
+"""The plan of the Triton kernels for one loss: block shapes for an architecture, ranges of codes, and the memory needed.
 
-A plan depends on shapes, device model and the stated budget alone, never on free memory, so that all processes and a resumed
-run have the same. The configurations are fixed; the numbers beside them are what ptxas reports for them.
+A plan depends only on shapes, device model and the stated budget, never on free memory, so all processes and a resumed run have
+the same plan. The configurations are fixed; the numbers in the comments are those that ptxas reports.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-TILE = 128  # codes under one maximum
-STRIP = 64  # codes whose columns of a view one program reduces: 128 bytes of each row of stored logits
+TILE = 128  # codes that share one maximum
+STRIP = 64  # codes whose columns one program reduces, in one view: 128 bytes of each row of stored logits
 LEAST_STRIP = 16  # a whole sector of memory, 32 bytes
 
-DEFAULT_BUDGET = 4 * 2**30  # what `auto` takes at most: stored logits are 2.4 GiB at (1024, 2048, 524288)
-RANGE_BYTES = 24 * 2**20  # stored logits of one range of a streaming sweep: they stay in the second cache (A100: 40 MB)
+DEFAULT_BUDGET = 4 * 2**30  # upper limit for `auto`: stored logits are 2.4 GiB at (1024, 2048, 524288)
+RANGE_BYTES = 24 * 2**20  # stored logits of one range of a streaming sweep: they stay in the L2 cache (A100: 40 MB)
 EXPANDED_CODES = 8192  # codes expanded to fp16 at a time: 32 MiB at f = 2048
-# Rows of both views from which expanding the codes, for the logits and for the library's product, is the smaller cost. On an H100
-# it takes 0.10 ms for 2048 x 65536 signs, our products on packed codes 2.0 ms for them and 2048 rows, on expanded ones 0.9.
+# Number of rows of both views from which it pays to expand the codes, for the logits and for the library's product. On an H100,
+# expanding 2048 x 65536 signs takes 0.10 ms; our products with 2048 rows take 2.0 ms on packed codes and 0.9 ms on expanded ones.
 EXPANDED_ROWS = {9: 256}
 LIBRARY_ROWS = 1024  # elsewhere [model]
 MOST_SPLITS = 8
@@ -24,7 +24,8 @@ SHORTEST_SPLIT = 1024
 
 
 class LogitsTiles(NamedTuple):
-    """Images, codes and features of a block of the logits product, its warps and stages; whether codes are expanded before."""
+    """Images, codes and features of a block of the logits product, its warps and stages; whether codes are expanded
+    beforehand."""
 
     rows: int
     codes: int
@@ -45,7 +46,8 @@ class ProductTiles(NamedTuple):
 
 
 class DensePlan(NamedTuple):
-    """A dense dictionary: logits kept or formed anew in ranges of `width` codes; which product; peak bytes beyond the inputs."""
+    """A dense dictionary: logits stored or computed again in ranges of `width` codes; which product; peak bytes beyond the
+    inputs."""
 
     stored: bool
     width: int
@@ -62,9 +64,9 @@ def ceil_to(x: int, multiple: int) -> int:
 
 
 def logits_tiles(n: int, capability: tuple[int, int]) -> LogitsTiles:
-    """The block of the logits product; on Hopper of expanded codes for many images (tuning.ALTERNATIVES has the others)."""
+    """Return the block of the logits product; on Hopper, codes are expanded for many images (others: tuning.ALTERNATIVES)."""
     if n <= 32 or capability[0] == 10:
-        # Blackwell's accumulators lie in rows of lanes: taking the views apart costs registers.
+        # Blackwell's accumulators lie in rows of lanes, so splitting the views costs registers.
         return LogitsTiles(32, 128, 64, 8, 3)
     if capability[0] == 9 and 2 * n >= EXPANDED_ROWS[9]:
         return LogitsTiles(64, 128, 64, 4, 3, expanded=True)
@@ -72,9 +74,9 @@ def logits_tiles(n: int, capability: tuple[int, int]) -> LogitsTiles:
 
 
 def product_tiles(rows: int, f: int, capability: tuple[int, int], processors: int) -> ProductTiles:
-    """The block of dZ W^T. On sm_80 128 rows spill where their number is no multiple of 16; 64 take 178 registers.
+    """Return the block of dZ W^T. On sm_80, 128 rows spill if their number is not a multiple of 16; 64 take 178 registers.
 
-    On Hopper blocks of 256 features, but for few rows, where they would leave half of the processors without work.
+    On Hopper a block has 256 features, except for few rows, where that would leave half of the processors without work.
     """
     if capability[0] == 9:
         blocks = -(-rows // 128) * -(-f // 256)
@@ -86,7 +88,7 @@ def product_tiles(rows: int, f: int, capability: tuple[int, int], processors: in
 def dense_plan(
     n: int, f: int, c: int, stored: bool, memory_budget: int | None, capability: tuple[int, int], processors: int
 ) -> DensePlan:
-    """The plan for `n` images a view; a streaming one goes in narrower ranges where `memory_budget` bytes ask for it."""
+    """Return the plan for N = n; a streaming plan takes narrower ranges if `memory_budget` bytes require it."""
     logits, product = logits_tiles(n, capability), product_tiles(2 * n, f, capability, processors)
     padded_c = ceil_to(c, TILE)
     blocks = -(-2 * n // product.rows) * -(-f // product.features)
@@ -97,7 +99,9 @@ def dense_plan(
 
     def strip_of(width: int) -> int:
         strip = STRIP
-        while strip > LEAST_STRIP and width // strip < processors:  # at least two programs each, of the two views
+        while (
+            strip > LEAST_STRIP and width // strip < processors
+        ):  # at least two programs for each processor, with both views
             strip //= 2
         return strip
 
@@ -108,7 +112,7 @@ def dense_plan(
         columns = 2 * padded_c * 4 + 3 * 4 * (padded_c // strip)
         parts = splits * 2 * n * f * 4
         codes = 2 * ceil_to(f, logits.depth) * min(EXPANDED_CODES, width) if library else 0
-        # Of a range: stored logits, maxima of tiles, and their statistics or, when these are gone, partial sums of a.
+        # Per range: stored logits, maxima of tiles, and their statistics or, later in the same memory, partial sums of a.
         of_range = 2 * n * width * 2 + 2 * n * (width // TILE) * 4 * (1 + max(3, TILE // strip))
         return embeddings + rows + columns + of_range + parts + codes
 
@@ -119,17 +123,20 @@ def dense_plan(
 
 
 def check_budget(what: str, peak: int, n: int, f: int, c: int, memory_budget: int | None) -> None:
-    """Raises ValueError where `peak` bytes are over the budget."""
+    """Raise ValueError if `peak` bytes are more than the budget."""
     if memory_budget is not None and peak > memory_budget:
         raise ValueError(
-            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, over the budget of "
+            f"{what} needs about {peak / 2**20:.1f} MiB for N = {n}, f = {f} and c = {c}, more than the budget of "
             f"{memory_budget / 2**20:.1f} MiB: raise it, or lower the batch or the number of codes"
         )
 
 
 class HadamardPlan(NamedTuple):
-    """Hadamard codes of width a b. Images a program and splits of the blocks, for the rows and for the gradient; for the columns,
-    images at a time and how many of the b columns of a transform one program takes; warps; peak bytes beyond the inputs."""
+    """Hadamard codes of width f = a b. For rows and gradient: images per program, and into how many parts the blocks are split.
+    For
+    columns: images at a time, and how many of the b columns of a transform one program takes. Warps; peak bytes beyond the
+    inputs.
+    """
 
     a: int
     b: int
@@ -145,20 +152,20 @@ class HadamardPlan(NamedTuple):
 
 
 def hadamard_served(f: int) -> bool:
-    """Whether there are kernels for Hadamard codes of width f; other widths are treated as dense dictionaries."""
+    """Return whether there are kernels for Hadamard codes of width f; other widths are treated as dense dictionaries."""
     return 16 <= f <= 2048
 
 
 def hadamard_plan(n: int, f: int, c: int, capability: tuple[int, int], processors: int) -> HadamardPlan:
-    """The plan for Hadamard codes, which are streamed always."""
+    """Return the plan for Hadamard codes, which are always streamed."""
     a = 1 if f < 256 else 2 ** ((f.bit_length() - 1) // 2)
     b, blocks = f // a, c // f
     rows = max(1 if a > 1 else 16, 4096 // f)
     width = b
-    # More programs, each with fewer of a block's codes; sm_100 spills with 2048.
+    # More programs, each with fewer codes of a block; sm_100 spills with 2048.
     while width > 16 and (blocks * (b // width) < processors or (capability[0] == 10 and width * a > 1024)):
         width //= 2
-    # Logits at a time: on sm_90 registers are left for a second program (120 of 8 warps, or 195 of 4), elsewhere more spills.
+    # Logits at a time: sm_90 has registers left for a second program (120 with 8 warps, 195 with 4); elsewhere more would spill.
     at_once = 4096 if capability[0] == 9 else 2048 if f > 256 else 1024
     column_rows = max(1 if a > 1 else 16, at_once // (width * a))
     column_warps = 4 if capability[0] == 9 and column_rows * a < 128 else 8

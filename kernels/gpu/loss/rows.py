@@ -1,10 +1,10 @@
-"""Row statistics: those of tiles of codes merged into those of all codes.
+"""Row statistics: the statistics of the tiles of codes are merged into those of all codes.
 
 In units of log 2, with M_v = max_j u_v, y_v = u_v - M_v, s_v = sum_j exp2(y_v) and log2 P_v = y_v - log2 s_v, views v = 1, 2,
 
     x_1 = E_{P_1}[y_2], x_2 = E_{P_2}[y_1];        C_12 = ln 2 mean_i(log2 s_1 - x_2), C_21 likewise.
 
-Merges go over fixed partial results in a fixed order, without atomics: the same input gives the same bits.
+Fixed partial results are merged in a fixed order, without atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ MERGED_TILES = 64
 
 
 class RowState(NamedTuple):
-    """Per view and row (2, N): M, s, sum_j exp2(y_v) y_other (x is it over s), argmax (int32), and a."""
+    """Per view and row, (2, N) float32: M, s, sum_j exp2(y_v) y_other (x is this over s), argmax (int32), a = sum_j P g."""
 
     maximum: torch.Tensor
     sum: torch.Tensor
     cross: torch.Tensor
     argmax: torch.Tensor
-    prior: torch.Tensor
+    a: torch.Tensor
 
     @staticmethod
     def empty(n: int, device: torch.device) -> RowState:
-        maximum, total, cross, prior = (torch.empty(2, n, device=device) for _ in range(4))
-        return RowState(maximum, total, cross, torch.empty(2, n, dtype=torch.int32, device=device), prior)
+        maximum, total, cross, a = (torch.empty(2, n, device=device) for _ in range(4))
+        return RowState(maximum, total, cross, torch.empty(2, n, dtype=torch.int32, device=device), a)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def merge_rows_kernel(
 
 
 def merge_rows(maxima: torch.Tensor, tiles: TileStatistics, rows: RowState, fresh: bool) -> None:
-    """Merge the maxima (2, tiles, N) and statistics of a range's tiles into the rows' (overwritten where `fresh`)."""
+    """Merge maxima (2, tiles, N) and statistics of the tiles of a range into those of the rows, or set them if `fresh`."""
     _, count, n = maxima.shape
     launch(
         merge_rows_kernel,

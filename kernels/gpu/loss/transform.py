@@ -1,17 +1,17 @@
-"""The logits of a block of Hadamard codes, and the way back, as small matrix products on the tensor cores.
+"""The logits of a block of Hadamard codes, and the transform back, as small matrix products on the tensor cores.
 
 A block of f codes is D H with Sylvester's matrix H and a diagonal D of signs, so a row's logits are H (D h). With f = A B and
 feature i = a B + b, H is the Kronecker product of H_A and H_B, and the transform two small matrix products
 
     t[a, b'] = sum_b x[a, b] H_B[b, b']        z[a' B + b'] = sum_a H_A[a', a] t[a, b']
 
-of A + B multiply-adds a logit instead of f (f = 2048: 96). The first takes fp16 embeddings and is exact but for float32's own
-rounding; the second takes t as the sum of two fp16 numbers, since one would add as much error as rounding the embeddings did.
-The gradient goes back the same way, dX = D H dZ. Widths below 256 take one product; those outside 16 ... 2048 are treated as
-dense dictionaries, whose codes are formed once a step.
+of A + B multiply-adds per logit instead of f (f = 2048: 96). The first product takes fp16 embeddings and is exact except for the
+rounding of float32. The second takes t as the sum of two fp16 numbers, because a single one would add as much error as rounding
+the embeddings did. The gradient uses the same transform, dX = D H dZ. Widths below 256 need one product; widths outside 16 ...
+2048 are treated as dense dictionaries, whose codes are computed once per step.
 
-Within a block codes are counted by their place in the second product's result, b' A + a', in all arrays of codes here: so they
-are read and written in order, and nothing outside asks which code is which.
+In all arrays of codes here, the codes of a block are numbered by their place in the result of the second product, b' A + a'. They
+are then read and written in order, and no other code depends on the numbering.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 
 
 def as_dense(words: torch.Tensor, f: int, c: int) -> torch.Tensor:
-    """The packed signs (c, ceil(f/32)) of all codes from those of the blocks (c/f, ceil(f/32))."""
+    """Return the packed signs (c, ceil(f/32)) of all codes from those of the blocks (c/f, ceil(f/32))."""
     feature = torch.arange(32 * words.shape[1], device=words.device)
     code = torch.arange(f, device=words.device)
     parity = feature[None, :] & code[:, None]
@@ -35,7 +35,7 @@ def as_dense(words: torch.Tensor, f: int, c: int) -> torch.Tensor:
 
 @triton.jit
 def block_flips(p_words, i_block, F: tl.constexpr):
-    """The sign bit, int16 [F], by which each feature of an fp16 row is flipped in a block."""
+    """Return the sign bits, int16 [F], by which the features of an fp16 row are flipped in a block."""
     o = tl.arange(0, F)
     b_words = tl.load(p_words + i_block * tl.cdiv(F, 32) + o // 32)
     return ((~(b_words >> (o % 32)) & 1) << 15).to(tl.int16)
@@ -43,7 +43,7 @@ def block_flips(p_words, i_block, F: tl.constexpr):
 
 @triton.jit
 def flipped_rows(p_h, o_row, m_row, b_flips, ROWS: tl.constexpr, F: tl.constexpr):
-    """D h of rows, fp16 [ROWS, F]."""
+    """Return D h of rows, fp16 [ROWS, F]."""
     o = tl.arange(0, F)
     b_h = tl.load(p_h + o_row[:, None].to(tl.int64) * F + o[None, :], mask=m_row[:, None], other=0.0)
     return (b_h.to(tl.int16, bitcast=True) ^ b_flips[None, :]).to(tl.float16, bitcast=True)
@@ -51,7 +51,7 @@ def flipped_rows(p_h, o_row, m_row, b_flips, ROWS: tl.constexpr, F: tl.constexpr
 
 @triton.jit
 def transformed(b_x, b_h_b, b_h_a, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr):
-    """z of rows x, fp16 [ROWS, A B], for WIDTH of the b': float32 [ROWS, WIDTH A]. Code a' B + b' stands at place b' A + a'."""
+    """Return z, float32 [ROWS, WIDTH A], of rows x, fp16 [ROWS, A B], for WIDTH of the b'. Code a' B + b' is at b' A + a'."""
     b_z = tl.dot(b_x.reshape(ROWS * A, B), b_h_b)
     if A > 1:
         b_t = b_z.reshape(ROWS, A, WIDTH).permute(0, 2, 1).reshape(ROWS * WIDTH, A)
@@ -63,7 +63,7 @@ def transformed(b_x, b_h_b, b_h_a, ROWS: tl.constexpr, A: tl.constexpr, B: tl.co
 
 @triton.jit
 def back(b_dz, b_h_b, b_h_a, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """H dZ of rows: dZ [ROWS, B A], places as in `transformed`, to float32 [ROWS, A B]."""
+    """Return H dZ of rows, float32 [ROWS, A B], from dZ [ROWS, B A] with the places of `transformed`."""
     b_t = b_dz.to(tl.float16)
     if A > 1:
         b_t = tl.dot(b_t.reshape(ROWS * B, A), b_h_a).to(tl.float16)

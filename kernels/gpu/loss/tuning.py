@@ -1,7 +1,7 @@
-"""Trying block shapes on the GPU that is there, for who asks: FALCON_FAST_TUNE=1.
+"""Timing of block shapes on the present GPU, with FALCON_FAST_TUNE=1.
 
-Without it the fixed shapes of plan.py are used, and a first call compiles what it runs and no more. With it the first loss of a
-shape tries the alternatives below for the logits product, a second or two, and keeps the fastest for the process.
+Without it the fixed shapes of plan.py are used, and the first call compiles only what it runs. With it the first loss of a shape
+times the alternatives below for the logits product, which takes a second or two, and the process keeps the fastest.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from falcon_fast.kernels.gpu.loss.logits import TileStatistics, dense_logits
 from falcon_fast.kernels.gpu.loss.plan import EXPANDED_CODES, TILE, LogitsTiles, ceil_to, logits_tiles
 
 TUNING = os.environ.get("FALCON_FAST_TUNE", "0") not in ("0", "")
-MOST_CODES = 65536  # of a trial
+MOST_CODES = 65536  # in a trial
 ROUNDS = 7
 
 ALTERNATIVES = {
     8: [LogitsTiles(64, 128, 64, 8, 3), LogitsTiles(64, 128, 64, 8, 4), LogitsTiles(32, 128, 64, 4, 3)],
-    # Milliseconds at (1024, 2048, 65536) on an H100 with triton 3.6. Expanding holds up to 32 MiB (at f = 2048) more than a plan
-    # without it says.
+    # Milliseconds at (1024, 2048, 65536) on an H100 with triton 3.6. Expanding needs up to 32 MiB (at f = 2048) more than a
+    # plan without it states.
     9: [
         LogitsTiles(64, 128, 64, 4, 3, expanded=True),  # 1.047, the usual one from 128 images
         LogitsTiles(64, 256, 64, 8, 3, expanded=True),  # 1.049
@@ -40,7 +40,7 @@ _fastest: dict[tuple[int, int, int, str], LogitsTiles] = {}
 def milliseconds(
     h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, tiles: LogitsTiles
 ) -> float:  # pragma: no cover - needs a GPU
-    """Median time of the logits and their statistics with blocks of this shape; infinite where they do not fit the GPU."""
+    """Return the median time (ms) of the logits and their statistics with blocks of this shape; infinity if they do not fit."""
     from triton.runtime.errors import OutOfResources
 
     (n, f), c = h1.shape, words.shape[0]
@@ -52,7 +52,7 @@ def milliseconds(
     found = TileStatistics(n, count, h.device)
     codes = ceil_to(min(EXPANDED_CODES, count * TILE), tiles.codes) if tiles.expanded else 0
     expanded = torch.empty(codes, padded[1], dtype=torch.float16, device=h.device)
-    times = []
+    times: list[float] = []
     try:
         for _ in range(ROUNDS + 2):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -67,7 +67,7 @@ def milliseconds(
 
 
 def fastest_logits(h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, facts: Facts) -> LogitsTiles:
-    """The fastest block shape for embeddings and codes like these, tried once a process."""
+    """Return the fastest block shape for embeddings and codes like these, timed once per process."""
     key = (*h1.shape, words.shape[0], facts.name)
     if key not in _fastest:
         trial = words[:MOST_CODES]

@@ -1,16 +1,16 @@
-"""Statistics of BatchNorm's columns, per view and over processes, and the running averages they feed.
+"""The statistics of BatchNorm's columns, per view and over processes, and the running averages that they update.
 
 For each view (one of `views` equal parts of the rows) and column j, over its n rows, or those of all processes,
 
     mean_j = s_j + r_j        var_j = M2_j / n        s_j: the view's first row, r_j: the mean of x_ij - s_j
 
-x - s is exact in float32 where the rows of a column lie near one another, so a column of mean 10^4 and deviation 10^-2 loses
-nothing: its mean is kept as the two numbers s and r. Each slot (thread and row of a block) runs Welford's update over its own
-rows, slots are merged on chip, and parts (splits of the rows, then processes) by Chan's formula in a fixed order: no atomics,
-nothing squared before it is centred.
+x - s is exact in float32 if the values of a column are close together, so a column of mean 10^4 and deviation 10^-2 loses
+nothing: its mean is kept as the two numbers s and r. Each slot (thread and row of a block) applies Welford's update to its own
+rows. Slots are merged on chip, and parts (splits of the rows, then processes) by Chan's formula in a fixed order. There are no
+atomics, and nothing is squared before it is centred.
 
-The averages are updated as torch.nn.BatchNorm1d does when the views pass one after the other. A bias that is added before
-BatchNorm shifts only the mean, so x comes without it: it enters the running mean here, and nothing else.
+The averages are updated as torch.nn.BatchNorm1d updates them when the views pass one after the other. A bias that is added before
+BatchNorm shifts only the mean, so x does not contain it; it is added only to the running mean, here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from falcon_fast.kernels.gpu.launch import ceil_div, device_facts, launch
 
-# One program finishes its columns in all views, in one launch, up to this many rows a view: 4 steps of 128 rows.
+# Up to this many rows per view (4 steps of 128 rows) one program finishes its columns in all views, in one launch.
 MOST_ROWS_AT_ONCE = 512
 ROWS_AT_ONCE, COLUMNS_AT_ONCE = (
     128,
@@ -32,13 +32,13 @@ ROWS_AT_ONCE, COLUMNS_AT_ONCE = (
 )  # narrow, so that 2048 columns make 128 programs; still two whole sectors of a row
 SPLIT_ROWS, SPLIT_COLUMNS = 32, 64
 PROGRAMS_A_PROCESSOR = 4
-MOST_SPLITS = 8  # what the gradient's second kernel adds up in every program
+MOST_SPLITS = 8  # the second kernel of the gradient adds up these in every program
 SHORTEST_SPLIT = 128
 MERGED_COLUMNS = 128
 
 
 class Averages(NamedTuple):
-    """Running mean and variance (f,), batches seen (int64 0-d, these views counted already), momentum (None: the plain mean)."""
+    """Running mean and variance (f,), batches seen (int64 0-d, these views included), momentum (None: the plain mean)."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -47,7 +47,7 @@ class Averages(NamedTuple):
 
 
 def row_splits(n: int, f: int, views: int, processors: int) -> tuple[int, int]:
-    """Into how many parts the n rows of a view are split to fill the GPU, and the rows of a part."""
+    """Return into how many parts the n rows of a view are split to fill the GPU, and the number of rows of a part."""
     programs = ceil_div(f, SPLIT_COLUMNS) * views
     splits = max(1, min(PROGRAMS_A_PROCESSOR * processors // programs, n // SHORTEST_SPLIT, MOST_SPLITS))
     rows = ceil_div(ceil_div(n, splits), SPLIT_ROWS) * SPLIT_ROWS
@@ -56,7 +56,7 @@ def row_splits(n: int, f: int, views: int, processors: int) -> tuple[int, int]:
 
 @triton.jit
 def centred_statistics(p_x, begin, end, b_shift, o_column, m_column, f, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Mean of x - shift and M2 of the columns, over the rows [begin, end)."""
+    """Return the mean of x - shift and M2 of the columns, over the rows [begin, end)."""
     o_slot = tl.arange(0, ROWS)
     b_mean = tl.zeros((ROWS, COLUMNS), tl.float32)
     b_square = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -77,7 +77,7 @@ def centred_statistics(p_x, begin, end, b_shift, o_column, m_column, f, ROWS: tl
 
 @triton.jit
 def average_factor(p_tracked, momentum, i_view, views, CUMULATIVE: tl.constexpr):
-    """The weight of a view's statistics in the running averages."""
+    """Return the weight of a view's statistics in the running averages."""
     if CUMULATIVE:
         return 1.0 / (tl.load(p_tracked) - views + i_view + 1).to(tl.float32)
     return momentum
@@ -85,7 +85,7 @@ def average_factor(p_tracked, momentum, i_view, views, CUMULATIVE: tl.constexpr)
 
 @triton.jit
 def store_statistics(p_out, i_view, views, b_shift, b_rest, b_square, b_count, eps, o, m, f):
-    """Shift, rest, 1 / sqrt(variance + eps) and 1 / n of a view's columns, in planes (views, f)."""
+    """Store shift, rest, 1 / sqrt(variance + eps) and 1 / n of a view's columns, each in a plane (views, f)."""
     p = p_out + i_view * f + o
     tl.store(p, b_shift, mask=m)
     tl.store(p + views * f, b_rest, mask=m)
@@ -211,9 +211,9 @@ def batch_statistics(
     eps: float,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Statistics (4, views, f) of float32 x (views n, f), by planes s, r, 1 / sqrt(var + eps), 1 / n; updates the averages.
+    """Return statistics (4, views, f) of float32 x (views n, f): planes s, r, 1 / sqrt(var + eps), 1 / n. Update averages.
 
-    With a group they are those of all its processes, which need not bring the same number of rows.
+    With a group they are those of all its processes, which may have different numbers of rows.
     """
     rows, f = x.shape
     n = rows // views
@@ -226,7 +226,7 @@ def batch_statistics(
     else:
         tensors = (bias, averages.mean, averages.variance, averages.tracked)
     momentum = None if averages is None else averages.momentum
-    # What is no part of a finished result does not touch the averages.
+    # Launches that do not finish a result do not touch the averages.
     finishing = {"FINISH": True, "TRACK": averages is not None, "CUMULATIVE": momentum is None}
     noting = {"FINISH": False, "TRACK": False, "CUMULATIVE": False}
     settings = (float(momentum or 0.0), eps)
@@ -272,7 +272,9 @@ def batch_statistics(
             mine = torch.empty(1, views, 4, f, device=x.device)
             merge(parts, mine, noting)
         parts = torch.empty(dist.get_world_size(group), views, 4, f, device=x.device)
-        dist.all_gather(list(parts), mine[0], group=group)  # into views: Gloo has no other on every torch
+        dist.all_gather(
+            list(parts), mine[0], group=group
+        )  # into views: the only gather that Gloo has in every torch version
     merge(parts, out, finishing)
     return out
 
@@ -288,7 +290,7 @@ def running_statistics_kernel(p_mean, p_variance, p_bias, p_out, f, eps, COLUMNS
 
 
 def running_statistics(mean: torch.Tensor, variance: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """The running averages in the form of `batch_statistics` (one view): 1 / n is 0, since no row moves them."""
+    """Return the running averages in the form of `batch_statistics` (one view); 1 / n is 0, since no row changes them."""
     f = mean.shape[0]
     out = torch.empty(4, 1, f, device=mean.device)
     launch(

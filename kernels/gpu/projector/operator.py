@@ -1,10 +1,11 @@
 """The projector as PyTorch operators: what autograd, torch.compile and CUDA graphs see of its kernels.
 
-An operator with a derivative must not change its inputs, and BatchNorm changes its running averages. So the product and the
-statistics come first, without autograd (`falcon_fast::projector_product`, `falcon_fast::batch_statistics`, which updates the
-averages, or `falcon_fast::running_statistics`), and `falcon_fast::projector` makes the embeddings of their results: its
-derivative is the whole projector's, through statistics and product back to features and parameters, in
-`falcon_fast::projector_gradient`.
+An operator with a derivative must not change its inputs, but BatchNorm changes its running averages. The product and the
+statistics
+therefore come first, without autograd: `falcon_fast::projector_product`, and `falcon_fast::batch_statistics`, which updates the
+averages, or `falcon_fast::running_statistics`. From their results `falcon_fast::projector` computes the embeddings. Its
+derivative, `falcon_fast::projector_gradient`, is that of the whole projector, through statistics and product to features and
+parameters.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from falcon_fast.kernels.gpu.projector.batchnorm import Averages, batch_statistics, running_statistics
 from falcon_fast.kernels.gpu.projector.projector import gradients, normalise, product
+from falcon_fast.kernels.torch_private import process_group_named
 
 __all__ = ["Averages", "triton_projector"]
 
 
-def _group(name: Any) -> dist.ProcessGroup | None:
-    return _resolve_process_group(name) if name else None
+def _group(name: str) -> dist.ProcessGroup | None:
+    return process_group_named(name) if name else None
 
 
 @torch.library.custom_op("falcon_fast::projector_product", mutates_args=())
@@ -195,13 +196,14 @@ def triton_projector(
     product_dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Embeddings (M, f) in `dtype` of features (M, d), float32 parameters weight (f, d), bias, gamma and beta (f,).
+    """Return embeddings (M, f) in `dtype` of features (M, d); float32 parameters weight (f, d), bias, gamma and beta (f,).
 
-    batch: normalise by the statistics of each of the `views` equal parts of the rows, over the group's processes, and update the
-    averages and their count, unless None; otherwise by the averages. row_norm: the length of l2 rows; None for tanh.
-    product_dtype: in which features and weight are multiplied, and their gradient (the result is float32).
+    batch: True normalises by the statistics of each of the `views` equal parts of the rows, over the processes of the group, and
+    updates the averages and their count, unless they are None. False normalises by the averages.  row_norm: the length of l2
+    rows; None for tanh.  product_dtype: dtype in which features and weight, and their gradients, are multiplied (the result is
+    float32).
 
-    Raises ValueError for features that are no matrix, do not hold the views, or hold too few rows to normalise by.
+    Raises ValueError if the features are not a matrix, cannot be divided into the views, or have too few rows for statistics.
     """
     if features.dim() != 2 or features.shape[1] != weight.shape[1]:
         raise ValueError(f"features must be a matrix (N, {weight.shape[1]}), not {tuple(features.shape)}")
@@ -209,9 +211,9 @@ def triton_projector(
     if batch:
         rows = features.shape[0]
         if rows % views:
-            raise ValueError(f"a batch of {rows} does not hold {views} views of the same images")
+            raise ValueError(f"a batch of {rows} rows cannot be divided into {views} views of the same images")
         if rows == views and not name:
-            raise ValueError(f"BatchNorm needs more than one row a view to train on, not {rows // views}")
+            raise ValueError(f"BatchNorm needs more than one row per view in training, not {rows // views}")
     with torch.no_grad():
         x = product_op(features, weight, product_dtype)
         if batch:
@@ -222,5 +224,7 @@ def triton_projector(
         else:
             assert averages is not None
             statistics = running_statistics_op(averages.mean, averages.variance, bias, eps)
-    h, _ = projector_op(features, weight, bias, gamma, beta, x, statistics, row_norm, dtype, product_dtype, name)
-    return h
+    outputs: tuple[torch.Tensor, torch.Tensor] = projector_op(
+        features, weight, bias, gamma, beta, x, statistics, row_norm, dtype, product_dtype, name
+    )
+    return outputs[0]

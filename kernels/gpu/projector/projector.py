@@ -1,4 +1,4 @@
-"""The projector after its linear product: normalise and activate in one kernel, and the gradient in two (l2: three).
+"""The projector after its linear product: one kernel normalises and activates, two (l2: three) compute the gradient.
 
 With the statistics of a row's view (batchnorm.py: mean s + r, q = 1 / sqrt(var + eps), 1 / n):
 
@@ -7,8 +7,8 @@ With the statistics of a row's view (batchnorm.py: mean s + r, q = 1 / sqrt(var 
     tanh   dy = g / cosh(y)^2                       l2   dy = R g - K y,   R = rho / |y|,   K = R (y . g) / |y|^2
     dbeta = sum dy        dgamma = sum dy x^        dx = gamma q (dy - (sum dy + x^ sum dy x^) / n),  sums over the view's rows
 
-Only x is kept from the forward: y is cheaper formed again than read, and 1 / cosh^2 from y has all its digits where 1 - h^2 of
-a saturated h, in fp16 above all, has none. (With running statistics 1 / n is 0, and the last line is gamma q dy.)
+Only x is kept from the forward pass: computing y again is cheaper than reading it, and 1 / cosh(y)^2 keeps all its digits where
+1 - h^2 of a saturated h, especially in fp16, has none. (With running statistics 1 / n is 0, and the last line is gamma q dy.)
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from falcon_fast.kernels.gpu.tiles import LOG2_E
 SHORTEST_ROW = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize
 MINUS_TWO_LOG2_E = tl.constexpr(-2.0 * LOG2_E)
 
-STEPS, STEP_ROWS, STEP_COLUMNS = 4, 16, 128  # of an elementwise program: its columns' terms are read once for 64 rows
+STEPS, STEP_ROWS, STEP_COLUMNS = (
+    4,
+    16,
+    128,
+)  # per elementwise program: the terms of its columns are read once for 64 rows
 GRADIENT_WARPS = 8  # with 4, Triton 3.6 spills 8 bytes on sm_100 (l2, f no multiple of 16)
-LINES, LINE_COLUMNS = 8, 256  # of a program that goes along rows
+LINES, LINE_COLUMNS = 8, 256  # per program that goes along rows
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a b in `dtype`, for matrices of one dtype: what is not in theirs comes out of the product in float32.
+    """Return a b in `dtype`, for matrices of one dtype; if `dtype` differs from theirs, the product itself is float32.
 
-    Outside autocast, which would cast the operands anew.
+    Autocast is off here: it would cast the operands again.
     """
     out = torch.empty(a.shape[0], b.shape[1], dtype=dtype if dtype == a.dtype else torch.float32, device=a.device)
     with torch.autocast(a.device.type, enabled=False):
@@ -44,13 +48,13 @@ def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 @triton.jit
 def decay(b_y):
-    """e^(-2 |y|), from which both tanh and its derivative are made."""
+    """Return e^(-2 |y|), from which both tanh and its derivative are computed."""
     return tl.exp2(tl.abs(b_y) * MINUS_TWO_LOG2_E)
 
 
 @triton.jit
 def centring(p_statistics, i_view, views, o, m, f):
-    """s, r, q of a view's columns."""
+    """Return s, r and q of a view's columns."""
     p = p_statistics + i_view * f + o
     b_shift = tl.load(p, mask=m, other=0.0)
     b_rest = tl.load(p + views * f, mask=m, other=0.0)
@@ -145,7 +149,7 @@ def normalise(
     row_norm: float | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h (views n, f) in `dtype` from x, by tanh or, with a row_norm, l2; and the lengths of y's rows (l2; else none)."""
+    """Return h (views n, f) in `dtype` from x, by tanh or, with a row_norm, l2; and the lengths of the rows of y (l2 only)."""
     rows, f = x.shape
     views = statistics.shape[1]
     n = rows // views
@@ -231,7 +235,7 @@ def pull_kernel(
 
 @triton.jit
 def activation_gradient(b_y, b_g, p_pull, o_line, m_row, lines, L2: tl.constexpr):
-    """dy of a tile; `o_line` are its rows among all `lines`."""
+    """Return dy of a tile; `o_line` are its rows among all `lines`."""
     if L2:
         b_factor = tl.load(p_pull + o_line, mask=m_row, other=0.0)
         b_pull = tl.load(p_pull + lines + o_line, mask=m_row, other=0.0)
@@ -288,7 +292,7 @@ def gradient_sums_kernel(
 
 @triton.jit
 def added_up(p_sums, i_view, views, splits, o, m, f, COLUMNS: tl.constexpr):
-    """sum dy and sum dy x^ of a view's columns over the splits."""
+    """Return sum dy and sum dy x^ of a view's columns, added up over the splits."""
     b_dy_sum = tl.zeros((COLUMNS,), tl.float32)
     b_cross_sum = tl.zeros((COLUMNS,), tl.float32)
     p_sum = p_sums + i_view * 2 * f + o
@@ -356,7 +360,7 @@ def input_gradient_kernel(
             b_dgamma += b_cross_sum
         tl.store(p_dgamma + o, b_dgamma, mask=m_column)
         tl.store(p_dbeta + o, b_dbeta, mask=m_column)
-        # The batch's own mean takes a bias away again: no gradient, not even rounding for an optimiser to scale up.
+        # Subtracting the mean removes a bias: no gradient, not even rounding errors that an optimiser would scale up.
         tl.store(p_dbias + o, tl.where(b_share > 0, 0.0, b_dbeta * b_gamma * b_scale), mask=m_column)
 
 
@@ -371,9 +375,9 @@ def gradients(
     dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From g, the gradient of h: dx (views n, f) in `dtype`, dgamma, dbeta and the linear bias's (f,).
+    """Return dx (views n, f) in `dtype`, dgamma, dbeta and the gradient of the linear bias (f,), from g, the gradient of h.
 
-    With a group dx is that of its processes' whole batch, the others are this process's part.
+    With a group, dx takes the whole batch of its processes into account; the others are the share of this process.
     """
     rows, f = x.shape
     views = statistics.shape[1]
@@ -430,7 +434,7 @@ def gradients(
         dist.all_reduce(totals, group=group)
     as_stored = (
         torch.float32 if INTERPRETING and dtype == torch.bfloat16 else dtype
-    )  # which the interpreter stores wrongly
+    )  # the interpreter stores bfloat16 wrongly
     dx = torch.empty(rows, f, dtype=as_stored, device=x.device)
     dgamma, dbeta, dbias = (torch.empty(f, device=x.device) for _ in range(3))
     launch(

@@ -1,1 +1,1 @@
-"""Views in Triton: crops of images that lie on the GPU, and their colours."""
+"""Views in Triton: crops of images that are resident on the GPU, and their colours."""

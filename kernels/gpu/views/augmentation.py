@@ -5,13 +5,14 @@
     hue                                          channel = v - c clamp(min(k, 4 - k), 0, 1),  k = (o + 6 h) mod 6,  o = 5, 3, 1
     grayscale; Gaussian blur, borders reflected; x >= threshold: 1 - x; (x - mean) / std
 
-A view of up to WHOLE pixels is one program, which takes the contrast's mean where it comes in the order: one launch. A larger one
-is cut into blocks of whole rows, and what crosses their borders parts the launches: `contrast_sums_kernel` (what comes before
-contrast, summed by blocks), `colours_kernel` (all up to the blur along the rows, which needs no other block) and
+One program processes a view of up to WHOLE pixels, and computes the mean for contrast when its turn comes: one launch. A larger
+view is cut into blocks of whole rows. Operations that need other blocks then end a launch: `contrast_sums_kernel` (everything
+before contrast, summed per block), `colours_kernel` (everything up to the blur along the rows, which needs no other block) and
 `blur_columns_kernel`. A view that is not blurred is finished by the second.
 
-Which operations a view undergoes is the same for a whole program, so it branches: what is off costs nothing and changes no bit.
-Divisions by 255 and by std are rounded correctly, so that a level exactly on the threshold falls on the reference's side.
+All pixels of a program undergo the same operations, so the program branches: an operation that is off costs nothing and changes
+no bit. Divisions by 255 and by std are correctly rounded, so a level exactly on the threshold falls on the same side as in the
+reference.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ PIXELS_PER_THREAD = 8
 CONTRAST, SATURATION, HUE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 NARROWEST = tl.constexpr(0.05)  # sigma whose neighbouring tap is zero in float32
 
-# Parameters are rows of tables that hold many batches: their addresses follow no rule that would be worth a second compilation.
+# Parameters are rows of tables for many batches: the alignment of their addresses varies and is not worth a second compilation.
 UNALIGNED = ["p_factors", "p_order", "p_gray", "p_sigma", "p_solarize"]
 
 
 class Recipe(NamedTuple):
-    """What the parameters were drawn for: a stage that is never used is not compiled in."""
+    """The recipe from which the parameters were drawn; a stage that it never uses is not compiled in."""
 
     operations: tuple[bool, bool, bool, bool]  # whether there is brightness, contrast, saturation, hue
     gray: bool
@@ -59,7 +60,7 @@ def unit_interval(b_x):
 
 @triton.jit
 def load_pixels(p_image, stride_c, stride_h, stride_w, o, m, WIDTH: tl.constexpr):
-    """Levels of the pixels `o` of a uint8 image as float32 in [0, 1]: red, green, blue."""
+    """Load the pixels `o` of a uint8 image as float32 in [0, 1]: red, green, blue."""
     p = p_image + (o // WIDTH) * stride_h + (o % WIDTH) * stride_w
     b_red = tl.load(p, mask=m, other=0).to(tl.float32)
     b_green = tl.load(p + stride_c, mask=m, other=0).to(tl.float32)
@@ -81,7 +82,7 @@ def shift_hue(b_red, b_green, b_blue, turns):
     m_red, m_green = b_value == b_red, b_value == b_green
     b_difference = tl.where(m_red, b_green - b_blue, tl.where(m_green, b_blue - b_red, b_red - b_green))
     b_offset = tl.where(m_red, 0.0, tl.where(m_green, 2.0, 4.0))
-    # A gray pixel has no hue: whatever is computed for it is multiplied by its chroma, 0.
+    # A gray pixel has no hue: the value computed for it is multiplied by its chroma, 0.
     b_sextant = b_difference / tl.where(b_chroma == 0, 1.0, b_chroma) + b_offset + 6.0 * turns
     return (
         hue_channel(b_value, b_chroma, b_sextant + 5.0),
@@ -94,7 +95,7 @@ def shift_hue(b_red, b_green, b_blue, turns):
 def jitter(
     b_red, b_green, b_blue, p_factors, p_order, places, mean, m, pixels, OPERATIONS: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """The first `places` operations of a view's order. Contrast's mean gray is taken here of a WHOLE view, else it is `mean`."""
+    """Apply the first `places` operations of a view's order. The mean gray for contrast is computed if WHOLE, else `mean`."""
     for i_place in range(places):
         operation = tl.load(p_order + i_place).to(tl.int32)
         factor = tl.load(p_factors + operation)
@@ -118,7 +119,7 @@ def jitter(
 
 @triton.jit
 def blurred(p_plane, o, o_along, step, side, radius, sigma, m):
-    """Pixels `o` of a float32 plane blurred along an axis of `side` pixels `step` apart, where they are the `o_along`-th."""
+    """Return pixels `o` of a float32 plane blurred along an axis of `side` pixels, `step` apart; `o_along`: places on it."""
     sharpness = -0.5 / (sigma * sigma)
     b_sum = tl.load(p_plane + o, mask=m, other=0.0)
     total = 1.0
@@ -247,8 +248,8 @@ def colours_kernel(
             sigma = tl.maximum(sigma, NARROWEST)
             p_red = p_planes + i_image * 3 * pixels
             p_green, p_blue = p_red + pixels, p_red + 2 * pixels
-            # Neighbours meet in memory (in the cache, that is): every program owns its rows there. The barriers order its
-            # threads' stores before the others' loads, and their loads before the stores that replace what was read.
+            # Neighbours are exchanged through memory (in practice the cache), where each program has its own rows. The barriers
+            # order the stores of a thread before the loads of the others, and those loads before the stores that overwrite.
             tl.store(p_red + o, b_red, mask=m)
             tl.store(p_green + o, b_green, mask=m)
             tl.store(p_blue + o, b_blue, mask=m)
@@ -309,7 +310,7 @@ def blur_columns_kernel(
             finish_channel(b_x, invert, threshold, p_mean, p_std, p_view, o, m, CHANNEL, SOLARIZE)
 
 
-def augment_views(
+def augment_views_triton(
     images: torch.Tensor,
     factors: torch.Tensor,
     order: torch.Tensor,
@@ -321,11 +322,12 @@ def augment_views(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Views with their colours changed, normalised: (N, 3, H, W) in `dtype` (float32, float16, bfloat16), channels_last.
+    """Return views after colour changes and normalisation: (N, 3, H, W) in `dtype` (float32, float16, bfloat16), channels_last.
 
     images: uint8 (N, 3, H, W), any strides.  factors, order: float32 (N, 4), rows contiguous: brightness, contrast, saturation
-    (1 = off), hue (turns, 0 = off), and their numbers 0 to 3, first to last.  gray, solarize: bool (N,), contiguous.
-    sigma: float32 (N,), pixels, 0 = no blur.  mean, std: float32 (3,).  All on one device. Nothing is differentiated.
+    (1 = off), hue (turns, 0 = off), and the numbers 0 to 3 of these operations in the order in which they apply.  gray,
+    solarize: bool (N,), contiguous.
+    sigma: float32 (N,), pixels, 0 = no blur.  mean, std: float32 (3,).  All on one device. There is no gradient.
     """
     n, _, height, width = images.shape
     out = torch.empty((n, 3, height, width), dtype=dtype, device=images.device, memory_format=torch.channels_last)
@@ -342,7 +344,7 @@ def augment_views(
     blur = recipe.max_sigma > 0
     reach = math.ceil(3 * recipe.max_sigma)
     radius_w, radius_h = min(reach, width - 1), min(reach, height - 1)
-    # Empty where they are not used: kernels take pointers all the same.
+    # Empty if they are not used: the kernels take the pointers anyway.
     sums = torch.empty(n if recipe.operations[1] and not whole else 0, blocks, device=images.device)
     planes = torch.empty(n if blur else 0, 3, pixels, device=images.device)
     gray, solarize = gray.view(torch.uint8), solarize.view(torch.uint8)

@@ -1,7 +1,7 @@
-"""Regions of resident images resized as Pillow does, to the bit: bicubic, antialiased, along rows and then along columns.
+"""Regions of resident images resized with the same bits as Pillow: bicubic, antialiased, along rows and then along columns.
 
-Pillow's weights are integers of 22 bits, and each pass is rounded to uint8: sums of int32 are exact in any order. A pass is one
-launch for all images and both views, which forms its weights itself, in float64 and summed in order, as Pillow does.
+Pillow's weights are integers of 22 bits, and each pass is rounded to uint8, so sums of int32 are exact in any order. A pass is
+one launch for all images and both views. It computes its weights itself, in float64 and summed in the same order as in Pillow.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def resize_kernel(
 def crop_views(
     images: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """Views of resident images: uint8 (v n, S, S, 3), for each of v views the n images.
+    """Return views of resident images, uint8 (v n, S, S, 3): for each of v views the n images.
 
     images: uint8 (N, H, W, 3), contiguous.  indices: int64 (n,).  boxes: int64 (v n, 4): top, left, height, width, inside the
     image.  flips: bool (v n,), mirror left to right.

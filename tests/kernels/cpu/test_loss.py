@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 from falcon_fast.kernels import cpu_extension
 from falcon_fast.kernels.cpu import sweeps
 from falcon_fast.kernels.cpu.plan import dense_plan, hadamard_plan, own_products
+from falcon_fast.kernels.spec import LossSpec
 
 from ...vectors import GOLDEN, golden_vectors
 
@@ -27,6 +29,7 @@ def level(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(sweeps, "cpu_extension", None)
         monkeypatch.setattr("falcon_fast.kernels.cpu.plan.cpu_extension", None)
+        monkeypatch.setattr("falcon_fast.kernels.signs.cpu_extension", None)
         yield "torch"
         return
     best = cpu_extension.level()
@@ -387,7 +390,7 @@ def test_the_door(level):
     codes, blocks = RademacherCodes(64, 256), HadamardCodes(64, 256)
     with pytest.raises(ValueError, match="float64"):
         falcon_loss(h1.double(), h2.double(), codes, 1.0, implementation="cpu")
-    with pytest.raises(ValueError, match="formed anew"):
+    with pytest.raises(ValueError, match="auto or streaming"):
         falcon_loss(h1, h2, blocks, 1.0, plan="stored")
     with pytest.raises(ValueError, match="no plan"):
         falcon_loss(h1, h2, codes, 1.0, plan="stored", implementation="reference")
@@ -407,10 +410,11 @@ def test_opcheck(level, codes):
     from falcon_fast.kernels.cpu.loss import loss_op
 
     h1, h2 = (h.requires_grad_() for h in embeddings(0, 4, codes.f))
-    settings = (codes.words, codes.c, isinstance(codes, HadamardCodes), 2.0, 1.0, "reverse", "", "auto", None)
-    torch.library.opcheck(loss_op, (h1, h2, *settings, True))
+    spec = LossSpec(codes.c, isinstance(codes, HadamardCodes), 2.0)
+    torch.library.opcheck(loss_op, (h1, h2, codes.words, *spec.flat()))
+    without = replace(spec, with_gradient=False)
     with torch.no_grad():
-        torch.library.opcheck(loss_op, (h1.detach(), h2.detach(), *settings, False))
+        torch.library.opcheck(loss_op, (h1.detach(), h2.detach(), codes.words, *without.flat()))
 
 
 def test_the_gradient_may_be_asked_for_twice_and_scaled():

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from falcon_fast.kernels.gpu import launch
 from falcon_fast.kernels.gpu.loss import columns, gradient, logits, loss, plan, transform, tuning
+from falcon_fast.kernels.spec import LossSpec
 
 from ....vectors import GOLDEN, golden_vectors
 
@@ -303,7 +304,7 @@ def test_opcheck(is_hadamard) -> None:
 
     codes = (HadamardCodes if is_hadamard else RademacherCodes)(32, 64).to(DEVICE)
     h1, h2 = (h.requires_grad_() for h in embeddings(4, 32))
-    arguments = (h1, h2, codes.words, 64, is_hadamard, 2.0, 1.0, "reverse", "", "auto", None, True)
+    arguments = (h1, h2, codes.words, *LossSpec(64, is_hadamard, 2.0).flat())
     torch.library.opcheck(loss_op, arguments)
     outputs = [x.detach() for x in loss_op(*arguments)]
     torch.library.opcheck(gradient_op, (*outputs[4:], torch.tensor(2.0, device=DEVICE), torch.float32))
@@ -374,7 +375,8 @@ def trace(n, f, c, kind="rademacher", capability=(9, 0), processors=132, plan="a
 
     with pytest.MonkeyPatch.context() as patch, launch.recording(capability, processors) as launches:
         patch.setattr(torch, "empty", counted)
-        _, parts = loss.falcon_loss_parts(h1, h2, words, c, is_hadamard, 13.9, 1.0, prior, None, plan, budget, True)
+        spec = LossSpec(c, is_hadamard, 13.9, prior=prior, plan=plan, memory_budget=budget)
+        _, parts = loss.falcon_loss_parts(h1, h2, words, spec)
         formed = peak
         gradient.combine(parts.parts, parts.quantum, torch.ones((), device="meta"), torch.float32)
     return launches, formed
@@ -420,7 +422,8 @@ def test_half_a_million_codes_stream_through_half_a_gigabyte() -> None:
     packed = 2048 * 524288 // 8
     _, held = trace(1024, 2048, 524288, plan="streaming")
     assert held + packed <= 512 * 2**20
-    assert loss._chosen(1024, 2048, 524288, False, "auto", 2**29 - packed, torch.device("cpu")).stored is False
+    spec = LossSpec(524288, False, 13.9, memory_budget=2**29 - packed)
+    assert loss._chosen(1024, 2048, spec, torch.device("cpu")).stored is False
 
 
 # ---- kernels that are wrong must be found out -----------------------------------------------------------------------------
@@ -450,8 +453,8 @@ MUTANTS = {
     ),
     "mean over the wrong number of rows": (
         "columns.py",
-        "math.log2(n * world_size)",
-        "math.log2(n * world_size + 1)",
+        "math.log2(n * spec.world_size)",
+        "math.log2(n * spec.world_size + 1)",
     ),
     "bits in another order": ("tiles.py", "(o_position % 32) // 2 + (o_position % 2) * 16", "o_position % 32"),
     "one split of the product lost": ("gradient.py", "for _ in range(splits):", "for _ in range(1):"),
@@ -476,9 +479,7 @@ def errors_of(loss_module, gradient_module, codes, n) -> list[float]:
     h1, h2 = embeddings(n, codes.f, scale=0.7)
     tau = temperature(codes.f, codes.c, codes.f // 32)
     is_hadamard = isinstance(codes, HadamardCodes)
-    readings, parts = loss_module.falcon_loss_parts(
-        h1, h2, codes.words, codes.c, is_hadamard, tau, 1.0, "reverse", None, "auto", None, True
-    )
+    readings, parts = loss_module.falcon_loss_parts(h1, h2, codes.words, LossSpec(codes.c, is_hadamard, tau))
     one = torch.ones((), device=DEVICE)
     found = torch.cat(gradient_module.combine(parts.parts, parts.quantum, one, torch.float32)).double()
     expected, exact = evaluate(h1.double(), h2.double(), codes, tau, implementation="reference")
@@ -520,5 +521,6 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
             del sys.modules[module]
 
 
-def test_statistics_are_in_the_mean_of_all_processes() -> None:
-    assert columns.Scales.of(8, 16, 2.0, 1.0, "reverse", 4).log_rows == 5.0
+def test_statistics_are_in_the_mean_of_all_processes(monkeypatch) -> None:
+    monkeypatch.setattr(LossSpec, "world_size", 4)
+    assert columns.Scales.of(8, LossSpec(16, False, 2.0)).log_rows == 5.0
