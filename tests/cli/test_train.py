@@ -127,7 +127,7 @@ BAD = {
     "occupied run directory": (["--run-dir", "occupied"], "not empty"),
     "run directory is a file": (["--run-dir", "occupied/file.txt"], "not empty"),
     "unwritable run directory": (["--run-dir", "/proc/run"], "cannot be written"),
-    "device": (["--device", "cuda:99"], "not there"),
+    "device": (["--device", "cuda:99"], "does not exist"),
     "unknown device": (["--device", "quantum"], "unknown device"),
     "strategy": (["--strategy", "dpp"], "did you mean 'ddp'"),
     "strategy without torchrun": (["--strategy", "ddp"], "torchrun --nproc-per-node"),

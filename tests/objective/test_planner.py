@@ -1,17 +1,12 @@
-"""The cost model and what it says: figures worked out by hand, choices that must hold, and the start of a softmax."""
+"""The cost model and what it says: figures worked out by hand, and choices that must hold."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
-import numpy as np
 import pytest
-import torch
 
-from falcon_fast import RademacherCodes, temperature
 from falcon_fast.kernels.gpu.devices import DEVICES
-from falcon_fast.objective.frozen_start import frozen_start, start
 from falcon_fast.objective.planner import candidates, choose, explain
 
 H200 = DEVICES["h200"]
@@ -57,25 +52,6 @@ def test_explanation_names_the_choice_and_the_reason() -> None:
     assert "times as fast as streaming" in list(explain(64, 2048, 16384, "rademacher", H200))[-2]
     assert "computing the logits again is faster" in list(explain(64, 2048, 16384, "hadamard", H200))[-2]
     assert "too small even" in list(explain(1024, 2048, 524288, "rademacher", H200, 2**20))[-2]
-
-
-@pytest.mark.parametrize(("activation", "n"), [("tanh", 64), ("tanh", 1024), ("l2", 64), ("l2", 7)])
-def test_the_spread_at_initialisation_is_that_of_simulated_logits(activation, n) -> None:
-    f, c = 512, 4096
-    h = torch.from_numpy(np.random.RandomState(0).randn(256, f)).float()
-    h = torch.tanh(h) if activation == "tanh" else torch.nn.functional.normalize(h) * math.sqrt(f / n)
-    tau = temperature(f, c, n)
-    spread = (h @ RademacherCodes(f, c).dense() / tau).std().item()
-    assert start(f, c, tau, activation, n).spread == pytest.approx(spread, rel=0.02)
-
-
-def test_a_frozen_start_is_said_with_what_to_do() -> None:
-    assert frozen_start(2048, 16384, temperature(2048, 16384, 64), "tanh", 64) is None
-    line = frozen_start(512, 524288, temperature(512, 524288, 1024), "tanh", 1024)
-    assert line is not None and "\n" not in line and "temperature_batch from 1024 to about" in line
-    advised = int(line.rpartition(" ")[2])
-    assert frozen_start(512, 524288, temperature(512, 524288, advised), "tanh", advised) is None
-    assert "embedding_dim" in frozen_start(8, 16384, temperature(8, 16384, 64), "l2", 64)
 
 
 @pytest.mark.parametrize("shape", [(1024, 2048, 65536), (64, 2048, 16384), (4096, 512, 16384)])

@@ -18,7 +18,7 @@ from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss, temperature
 pytest.importorskip("triton")
 
 from falcon_fast.kernels.gpu import launch
-from falcon_fast.kernels.gpu.loss import columns, gradient, logits, loss, plan, transform, tuning
+from falcon_fast.kernels.gpu.loss import gradient, logits, loss, plan, tuning
 from falcon_fast.kernels.spec import LossSpec
 
 from ....vectors import GOLDEN, golden_vectors
@@ -137,14 +137,6 @@ def test_gradient_error_by_the_spread_of_the_logits(kind, spread, limit) -> None
     _, found = evaluate(h1, h2, codes, tau, implementation="triton")
     _, exact = evaluate(h1.double(), h2.double(), codes, tau, implementation="reference")
     assert (found - exact).norm() <= limit * exact.norm()
-
-
-def test_hadamard_codes_of_an_unserved_width_are_the_same_codes() -> None:
-    for f, c in ((8, 32), (64, 192)):
-        codes = HadamardCodes(f, c, seed=3)
-        packed = transform.as_dense(codes.words, f, c)
-        same = RademacherCodes.from_dense(codes.dense())
-        assert torch.equal(packed, same.words)
 
 
 def test_columns_of_a_block_split_over_programs(monkeypatch) -> None:
@@ -410,14 +402,6 @@ def test_the_plan_says_what_is_held(n, f, c, kind, name) -> None:
     assert 0.7 * stated.peak <= held <= stated.peak
 
 
-def test_every_processor_has_work() -> None:
-    """Few images leave few blocks to the product, a range of a streaming sweep few strips to the columns."""
-    few = plan.dense_plan(64, 2048, 16384, True, None, (9, 0), 132)
-    assert few.splits * -(-128 // few.product.rows) * (2048 // few.product.features) == 128
-    streaming = plan.dense_plan(1024, 2048, 65536, False, None, (9, 0), 132)
-    assert 2 * 132 <= 2 * streaming.width // streaming.strip < 4 * 132
-
-
 def test_half_a_million_codes_stream_through_half_a_gigabyte() -> None:
     packed = 2048 * 524288 // 8
     _, held = trace(1024, 2048, 524288, plan="streaming")
@@ -519,8 +503,3 @@ def test_wrong_kernels_are_found_out(tmp_path, monkeypatch, name) -> None:
     finally:
         for module in [module for module in sys.modules if module.partition(".")[0] == package]:
             del sys.modules[module]
-
-
-def test_statistics_are_in_the_mean_of_all_processes(monkeypatch) -> None:
-    monkeypatch.setattr(LossSpec, "world_size", 4)
-    assert columns.Scales.of(8, LossSpec(16, False, 2.0)).log_rows == 5.0
