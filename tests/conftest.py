@@ -10,16 +10,17 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# This must happen before anything imports triton, or the package: without a GPU its kernels then run on CPU tensors, in Python.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import hypothesis
 import numpy as np
 import pytest
-import torch
 
 from .commands import copied, falcon_fast, finished  # noqa: F401  # fixtures
-
-# This must happen before anything imports triton: without a GPU its kernels then run on CPU tensors, in Python.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadlines: a slow or busy machine is no error. And no random examples: a failure on one machine must appear on all.
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+
+import pytest
+import torch
+
+from falcon_fast import kernels
 
 
 def test_importing_the_package_is_light():
@@ -14,3 +20,16 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_extension_is_built_where_there_is_a_compiler():
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    assert kernels.cpu_extension is not None
+
+
+def test_the_triton_kernels_are_tested():
+    """On a GPU, or in Triton's interpreter, which has to be chosen before anything imports the package."""
+    pytest.importorskip("triton")
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert kernels.why_no_triton(place) is None
