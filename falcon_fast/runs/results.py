@@ -45,12 +45,13 @@ class Trained:
     device: torch.device
 
 
-def load_trained(directory: Path, device: str = "auto") -> Trained:
+def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
     """Return the network of the run in `directory` at its newest checkpoint, on `device` (auto, cpu, cuda or cuda:N).
 
     Raises:
         UsageError: there is no such run, no complete checkpoint or no such device, or the checkpoint is damaged.
     """
+    directory = Path(directory)
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such run directory")
     config = load_config(directory / "config.toml")
@@ -69,7 +70,7 @@ def load_trained(directory: Path, device: str = "auto") -> Trained:
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)
 
 
-def evaluate(trained: Trained, data: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate a trained network on its own data, or on the images at the path `data`.
 
     Other images are resized to the side of the network's own, and normalised with the same mean and std.
