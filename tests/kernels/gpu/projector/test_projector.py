@@ -315,7 +315,7 @@ def test_bad_input() -> None:
         module(torch.randn(4, 2, device=DEVICE))
     assert module.norm.num_batches_tracked == 0
     module.norm = nn.LayerNorm(4)
-    with pytest.raises(ValueError, match="no BatchNorm"):
+    with pytest.raises(ValueError, match="not a BatchNorm"):
         module(torch.randn(4, 3, device=DEVICE))
     with pytest.raises(ValueError, match=r"meta.*NVIDIA"):
         make(3, 4)(torch.randn(4, 3, device="meta"))
