@@ -1,4 +1,4 @@
-"""Find the device that a run uses."""
+"""Find the device that a run uses. (What is known about models of GPUs is in kernels/gpu/devices.py.)"""
 
 from __future__ import annotations
 

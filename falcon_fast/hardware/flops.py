@@ -37,9 +37,10 @@ class StepFlops(NamedTuple):
 
 @contextmanager
 def without_storage(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a copy of `module` whose parameters and buffers have shapes but no memory; tensors created inside have none either.
+    """Yield a copy of `module` whose parameters and buffers have shapes but no memory.
 
-    All of them claim to be on the CPU, so that autocast acts as in training.
+    Tensors that are created inside also have no memory. All of them report the CPU as their device, so that autocast acts as in
+    training.
     """
     mode = FakeTensorMode()
     tensors = (*module.parameters(), *module.buffers())

@@ -25,7 +25,7 @@ from falcon_fast.models.normalization import NormalizeOverGroup, NormalizeViews
 class PerView:
     """Mixin that makes a BatchNorm class normalise each of `num_views` equal parts of a training batch separately.
 
-    Evaluation uses the running statistics, which are not per view, and stays as it is.
+    Evaluation is unchanged: it uses the running statistics, which both views share.
     """
 
     num_views: int = 2

@@ -61,8 +61,8 @@ def falcon_loss(
             group, where every process holds N rows. The gradient is then correct after the usual mean over the processes.
         implementation: `auto` takes the fastest for the device. Otherwise a name from the list of `falcon-fast info`. `reference`
             is the eager mathematics; `auto` takes it for float64 and for GPUs older than sm_80. `cpu`
-            (`kernels/cpu/loss.py`) and `triton` (`kernels/gpu/loss/loss.py`) form the gradient in the forward pass and never
-            hold the N x c matrices.
+            (`kernels/cpu/loss.py`) and `triton` (`kernels/gpu/loss/loss.py`) form the gradient in the forward pass and keep no
+            N x c matrix for the backward pass.
         plan: what `cpu` and `triton` do with the N x c logits of a dense dictionary. `stored` keeps them once, in 2 bytes each.
             `streaming` computes them again in each of three sweeps (twice the arithmetic, no N x c memory at all). `auto` stores
             them if the budget allows it. Logits of Hadamard codes are always streamed. The reference accepts `auto` only.

@@ -79,7 +79,7 @@ class Rates(NamedTuple):
         return operator.flop / rate, operator.bytes / self.bandwidth
 
     def total(self, operators: list[Operator]) -> Bound:
-        """Return the time of the operators, one after the other, by what limits each of them."""
+        """Return the operators' total time when run in sequence, split by what limits each."""
         compute = memory = launch = 0.0
         for operator in operators:
             by_flop, by_bytes = self.seconds(operator)

@@ -1,4 +1,4 @@
-"""A run directory: created empty, filled by training, and never left with a half-written file.
+"""A run directory: created empty, filled by training, and whose results are there whole or not at all.
 
 config.toml            the resolved configuration
 metrics.csv            one row for each logged step (columns: falcon_fast/training/records/metrics_file.py)

@@ -44,7 +44,7 @@ def resumed_config(directory: Path, overrides: Mapping[str, Any], fixed: str | N
     if extra or fixed:
         raise UsageError(
             f"--resume continues a run with its own settings: {extra[0] if extra else fixed} cannot change "
-            "(only --data, --device, --strategy, --loader and the settings of the loader can)"
+            "(only --data, --device, --strategy, --loader, the other settings of loading and colours, and training.timeout can)"
         )
     if not directory.is_dir():
         raise UsageError(f"--resume {directory}: no such run directory")
@@ -56,7 +56,7 @@ class Begun:
     """A run that is ready to train.
 
     Attributes:
-        directory: its run directory, which this process holds the lock of if it is process 0.
+        directory: its run directory, whose lock process 0 holds.
         step: optimisation steps that are done already.
         seconds: seconds of training that they took.
     """

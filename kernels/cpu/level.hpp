@@ -4,7 +4,7 @@
 // A strip is the logits of both views for some consecutive codes: float [2][rows][width], width a multiple of kTile;
 // columns past the last code hold kAbsent and so have no weight. Per row and view y = z - m is the logit below the
 // row's maximum m, and P = exp(y - log_sum); t_j = max_i ln P_ij is a column's peak, e_ij = exp(ln P_ij - t_j) is in [0, 1]
-// whatever underflows, and every later quantity is e_ij times a number of the column:
+// even if some terms underflow, and every later quantity is e_ij times a number of the column:
 //
 //     P_ij = e_ij E_j,  E_j = exp(t_j)             P_ij g_j = e_ij q_j,  q_j = E_j ln(c pbar_j)     (reverse prior)
 //                                                                         q_j = -exp(t_j - ln pbar_j) / c   (forward)

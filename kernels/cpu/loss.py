@@ -1,4 +1,6 @@
-"""The loss and its gradient on the CPU, in three sweeps over the codes that never hold the N x c matrices.
+"""The loss and its gradient on the CPU, in three sweeps over the codes.
+
+No N x c matrix is held, except the logits in 16 bits where the plan stores them.
 
 With y_v = Z_v - max_j Z_v (row by row), s_v = sum_j exp(y_v) and P_v = exp(y_v - ln s_v) for the views v = 1, 2:
 

@@ -1,4 +1,4 @@
-// One instruction set's resizing; CMakeLists.txt compiles this file once for each, as level.cpp and by its rules.
+// One instruction set's resizing; CMakeLists.txt compiles this file once for each instruction set, under the same rules as level.cpp.
 
 #include "resize.hpp"
 #include "vectors.hpp"

@@ -57,7 +57,7 @@ void hadamard_rows(const Level &, std::size_t threads, const Hadamard &, RowStat
 // peak, log_sum: [2][stride]. With `prior` also weight, q and a, in the same sweep; returns the views' prior sums.
 void hadamard_columns(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, float *peak, float *log_sum,
                       std::size_t stride, const Prior *prior, double sums[2]);
-// Computes a only, for when ln pbar had to be combined with other processes first.
+// Computes only a; used when ln pbar first had to be combined across processes.
 void hadamard_prior(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, const ColumnTerms &, double *a);
 void hadamard_gradient(const Level &, std::size_t threads, const Hadamard &, const RowTerms *, const ColumnTerms &,
                        float beta, float factor, float *const dh[2]);

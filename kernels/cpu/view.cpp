@@ -1,4 +1,4 @@
-// One instruction set's photometric stage; CMakeLists.txt compiles this file once for each, as level.cpp and by its rules.
+// One instruction set's photometric stage; CMakeLists.txt compiles this file once for each instruction set, under the same rules as level.cpp.
 
 #include "view.hpp"
 #include "vectors.hpp"

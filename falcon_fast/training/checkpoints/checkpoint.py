@@ -1,9 +1,9 @@
 """What a checkpoint holds, and how it is found and read. It is data only: no code of a file is run.
 
-`checkpoints/step-00000600/` holds the tensors (network, optimiser, online probe, random state) as safetensors files with their
-`index.json` (storage.py), and `run.json`, the facts that must be the same when the run is resumed. A directory of that name is
-always complete, because it is written under another name and renamed (saver.py). Any number of processes can read it, each what
-it needs.
+`checkpoints/step-00000600/` holds the tensors (network, optimiser, online probe, weight average, random state) as safetensors
+files with their `index.json` (storage.py), and `run.json`, the facts that must be the same when the run is resumed. A directory
+of that name is always complete, because it is written under another name and renamed (saver.py). Any number of processes can
+read it, each what it needs.
 """
 
 from __future__ import annotations

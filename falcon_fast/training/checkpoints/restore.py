@@ -1,4 +1,7 @@
-"""A run put back to where its newest checkpoint was written."""
+"""A run put back to where its newest checkpoint was written.
+
+Which settings may differ is decided before, in runs/directory.py (`CHANGEABLE`).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The files of a checkpoint: tensors as safetensors, everything else as JSON, so that reading one cannot run code.
 
-torch.distributed.checkpoint (DCP) plans who writes and reads which part of which tensor, copies tensors to the host while
-training continues, and resharding to any number of processes is its work too. Its own file formats are not used: `.metadata`
+torch.distributed.checkpoint (DCP) plans which process writes and reads which part of which tensor, copies tensors to the host
+while training continues, and reshards to any number of processes. Its own file formats are not used: `.metadata`
 is a pickle, and its safetensors storage does not notice that one process's file is missing, because it has no list of the
 files. Here a checkpoint directory holds
 
@@ -9,8 +9,8 @@ files. Here a checkpoint directory holds
     index.json                 for each tensor its dtype, its shape, and in which file each part of it lies
 
 A part has its tensor's name as its key, followed by its offsets ("name[3,0]") where it is not the whole tensor. No unpickler can
-be reached from here, whatever the files say: `Reader` shares no code with DCP's readers, and `TensorPlanner` refuses the one
-kind of entry that DCP would unpickle.
+be reached from here, no matter what the files contain: `Reader` shares no code with DCP's readers, and `TensorPlanner` refuses
+the one kind of entry that DCP would unpickle.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
 class Writer(StorageWriter):
     """Write a checkpoint into the directory `temporary`; call `publish()` in process 0 when the parts of all are on the disk.
 
-    DCP tells every process how that went, so no process continues with a checkpoint that does not exist.
+    DCP reports success or failure to every process, so none continues as if a missing checkpoint existed.
     """
 
     def __init__(self, temporary: Path, publish: Callable[[], None]) -> None:
@@ -275,7 +275,7 @@ def _inside(chunk: ChunkStorageMetadata, shape: torch.Size) -> bool:
 
 
 class TensorPlanner(DefaultLoadPlanner):
-    """DCP's plan for loading, without its way to load anything but tensors, which is to unpickle it."""
+    """DCP's plan for loading, for tensors only: DCP would unpickle everything else."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise ValueError(f"entry {read_item.dest_index.fqn!r} is not a tensor")

@@ -66,7 +66,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Make an error of one process an error of all: every process raises the first one, and only process 0 prints it
+        """Raise an error of one process in all of them: every process raises the first one, and only process 0 prints it
         (`stopping.speaks`).
 
         Raises:

@@ -25,8 +25,8 @@ from falcon_fast.kernels.gpu.loss.plan import DEFAULT_BUDGET, EXPANDED_CODES, de
 # for the logits of 64 images, but 83 for their dZ W^T, before its blocks were halved to give every processor work).
 PACKED_PRODUCT = 0.35
 EXPANDED_PRODUCT = 0.75  # 0.95 ms for 0.55 TFLOP, including the statistics of the logits, after 0.10 ms of expanding
-# Small products with shuffles in between: 2.06 ms for (1024, 2048, 65536), of which the columns took 1.29 before they had a fifth
-# fewer instructions and two programs per processor.
+# Small products with shuffles in between: 2.06 ms for (1024, 2048, 65536), of which the columns took 1.29 ms before their kernel
+# lost a fifth of its instructions and ran two programs per processor.
 TRANSFORM = 0.12
 
 
