@@ -275,6 +275,14 @@ def _checked(key: str, value: Any, kind: type) -> Any:
 _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
+def _unknown(name: str) -> UsageError:
+    """Return the error for a setting that does not exist, with the name that was probably meant."""
+    replaced = name == "training.amp"  # a setting of development versions
+    return UsageError(
+        f"unknown setting {name!r}: {'use training.precision=bf16, or --amp' if replaced else nearest(name, _all_keys())}"
+    )
+
+
 def override(config: Config, assignments: Mapping[str, Any]) -> Config:
     """Return `config` with other values for some settings.
 
@@ -286,10 +294,10 @@ def override(config: Config, assignments: Mapping[str, Any]) -> Config:
     for name, value in assignments.items():
         section, _, key = name.partition(".")
         if section not in SECTIONS:
-            raise UsageError(f"unknown setting {name!r}: {nearest(name, _all_keys())}")
+            raise _unknown(name)
         types = get_type_hints(SECTIONS[section])
         if key not in types:
-            raise UsageError(f"unknown setting {name!r}: {nearest(name, _all_keys())}")
+            raise _unknown(name)
         part = dataclasses.replace(getattr(config, section), **{key: _checked(name, value, types[key])})
         config = dataclasses.replace(config, **{section: part})
     return config
@@ -308,7 +316,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     section, _, key = name.partition(".")
     kind = get_type_hints(SECTIONS[section]).get(key) if section in SECTIONS else None
     if kind is None:
-        raise UsageError(f"unknown setting {name!r}: {nearest(name, _all_keys())}")
+        raise _unknown(name)
     try:
         if kind is bool:
             return name, {"true": True, "false": False, "1": True, "0": False}[raw.lower()]

@@ -391,4 +391,5 @@ def test_a_config_that_contradicts_itself_is_one_line(tmp_path: Path) -> None:
 
 
 def test_amp_is_no_setting_any_more() -> None:
-    assert "training.amp" in one_line(parse_assignment, "training.amp=true")
+    for ask in (lambda: parse_assignment("training.amp=true"), lambda: override(Config(), {"training.amp": True})):
+        assert "'training.amp': use training.precision=bf16, or --amp" in one_line(ask)
