@@ -51,7 +51,7 @@ NOT_RUN = {
     "torchrun": "several processes: tests/training/distributed and tests/examples run torchrun; here the options are parsed",
     "sbatch": "needs Slurm: tests/runs/test_restart.py runs the script with stand-ins; here the options are parsed",
     "examples/torchrun.sh": "several machines: tests/runs/test_restart.py runs it; here the options are parsed",
-    "mkdocs": ".ci/run and test_site.py build the site",
+    "mkdocs": ".ci/run and test_reference.py build the site",
     "docker": "needs a Docker engine; here the Dockerfile must exist",
     "python3": "makes an environment",
     ".": "activates an environment",
