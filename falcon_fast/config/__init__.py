@@ -6,6 +6,15 @@ can be read again.
 """
 
 from falcon_fast.config.assignments import nearest, override, parse_assignment
+from falcon_fast.config.differences import (
+    Change,
+    as_tables,
+    check_allowed,
+    differences,
+    history_of,
+    merged,
+    refusal,
+)
 from falcon_fast.config.settings import (
     DICTIONARIES,
     IMPLEMENTATIONS,
@@ -26,11 +35,13 @@ from falcon_fast.config.settings import (
     LogConfig,
     LossConfig,
     ModelConfig,
+    OnResume,
     OptimizerConfig,
     ProbeConfig,
     TrainingConfig,
+    on_resume,
 )
-from falcon_fast.config.toml import dump_config, load_config, load_recipe, recipe_description, recipe_names
+from falcon_fast.config.toml import config_from, dump_config, load_config, load_recipe, recipe_description, recipe_names
 from falcon_fast.config.validation import validate
 
 __all__ = [
@@ -46,6 +57,7 @@ __all__ = [
     "SOURCES",
     "STEMS",
     "STRATEGIES",
+    "Change",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -53,16 +65,25 @@ __all__ = [
     "LogConfig",
     "LossConfig",
     "ModelConfig",
+    "OnResume",
     "OptimizerConfig",
     "ProbeConfig",
     "TrainingConfig",
+    "as_tables",
+    "check_allowed",
+    "config_from",
+    "differences",
     "dump_config",
+    "history_of",
     "load_config",
     "load_recipe",
+    "merged",
     "nearest",
+    "on_resume",
     "override",
     "parse_assignment",
     "recipe_description",
     "recipe_names",
+    "refusal",
     "validate",
 ]

@@ -40,7 +40,7 @@ def load_recipe(name: str) -> Config:
     """Return the configuration of a recipe of the package. Raises UsageError, with the nearest name, if it is unknown."""
     tables = _recipe_tables(name)
     tables.pop("description")
-    return _from_tables({"recipe": name, **tables}, where=f"recipe {name}")
+    return config_from({"recipe": name, **tables}, where=f"recipe {name}")
 
 
 def load_config(path: Path) -> Config:
@@ -55,7 +55,7 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
-    return validate(_from_tables(_translated(tables), where=str(path)))
+    return validate(config_from(_translated(tables), where=str(path)))
 
 
 def _translated(tables: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,16 @@ def _translated(tables: dict[str, Any]) -> dict[str, Any]:
     return {**tables, "training": training}
 
 
-def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
+def config_from(tables: Mapping[str, Any], where: str) -> Config:
+    """Return the configuration that nested tables hold; settings that they do not hold have their defaults.
+
+    where: what the tables are, for messages.
+
+    Raises:
+        UsageError: a section or a setting is unknown, or a value has another type.
+    """
+    if not isinstance(tables, Mapping):
+        raise UsageError(f"{where}: the settings must be a table, not {tables!r}")
     values: dict[str, Any] = {}
     for section, table in tables.items():
         if section == "recipe":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from falcon_fast.config.assignments import nearest
 from falcon_fast.config.settings import (
@@ -14,6 +17,7 @@ from falcon_fast.config.settings import (
     PHOTOMETRIC,
     PRECISIONS,
     PRIOR_SCOPES,
+    SECTIONS,
     SOURCES,
     STEMS,
     STRATEGIES,
@@ -23,6 +27,8 @@ from falcon_fast.errors import UsageError
 from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
+
+FLOAT32 = 3.4e38  # largest number that float32 holds, in which losses and gradients are computed
 
 
 def validate(config: Config) -> Config:
@@ -78,6 +84,23 @@ def validate(config: Config) -> Config:
     ):
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
+    for key, number, most in (
+        ("data.size", data.size, 2**14),
+        ("data.workers", data.workers, 2**10),
+        ("data.resident_mib", data.resident_mib, 2**30),
+        ("data.max_bad_fraction", data.max_bad_fraction, 1),
+        ("model.width", model.width, 2**20),
+        ("loss.embedding_dim", loss.embedding_dim, 2**24),
+        ("loss.num_codes", loss.num_codes, 2**30),
+        ("loss.temperature_batch", loss.temperature_batch, 2**31),
+        ("loss.memory_budget", loss.memory_budget, 2**30),
+        ("training.epochs", training.epochs, 10**8),
+        ("training.batch_size", training.batch_size, 2**31),
+        ("training.timeout", training.timeout, 31_536_000),
+        *((f"{section}.{f.name}", getattr(getattr(config, section), f.name), FLOAT32) for section, f in _floats()),
+    ):
+        if number > most:
+            raise UsageError(f"{key} must be at most {most}, not {number}")
     if not optimizer.lr > 0:  # the schedule multiplies it
         raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:
@@ -93,7 +116,20 @@ def validate(config: Config) -> Config:
             f"{c}: change --embedding-dim or --num-codes, or use --codes rademacher"
         )
     try:
-        temperature(f, c, loss.temperature_batch, loss.epsilon)
+        tau = temperature(f, c, loss.temperature_batch, loss.epsilon)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if not 1 / FLOAT32 < tau < FLOAT32:
+        raise UsageError(
+            f"loss.epsilon={loss.epsilon} and loss.temperature_batch={loss.temperature_batch} give a temperature of {tau}, which "
+            "float32 cannot hold: raise loss.epsilon, or lower loss.temperature_batch"
+        )
     return config
+
+
+def _floats() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Yield section and field of every setting that is a floating-point number."""
+    for section, cls in SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            if isinstance(f.default, float):
+                yield section, f

@@ -154,6 +154,7 @@ def test_every_metric_of_a_row_stands_in_its_column():
         "lr": 0.125,
         "grad_norm": 3.0,
         "probe_train_accuracy": 0.25,
+        "changes": 0,
     }
     assert set(row) <= set(COLUMNS)
 
