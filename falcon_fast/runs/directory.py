@@ -64,6 +64,17 @@ def create_run_directory(
     return path
 
 
+def check_is_directory(path: Path, what: str) -> None:
+    """Raise UsageError, which begins with `what`, if `path` is no directory or cannot be looked at."""
+    try:
+        if path.is_dir():
+            return
+        reason = "is not a directory" if path.exists() else "no such run directory"
+    except OSError as error:  # no permission, or a name that is too long
+        reason = error.strerror or str(error)
+    raise UsageError(f"{what}: {reason}")
+
+
 def _make_fresh(path: Path) -> Path:
     """Make the directory `path`, or path-2, path-3, ..., the first that does not exist, and return it.
 
@@ -120,10 +131,13 @@ def state_of(path: Path) -> State:
     Raises:
         UsageError: the directory holds something else.
     """
-    if not (path / "config.toml").exists():
-        if _occupied(path):
-            raise UsageError(f"{path} holds something other than a run: choose another --run-dir")
-        return "new"
+    try:
+        if not (path / "config.toml").exists():
+            if _occupied(path):
+                raise UsageError(f"{path} holds something other than a run: choose another --run-dir")
+            return "new"
+    except OSError as error:
+        raise UsageError(f"run directory {path} cannot be read: {error.strerror}; choose another --run-dir") from None
     if (path / "result.json").exists():
         return "finished"
     return "begun" if candidates(path) else "new"

@@ -16,13 +16,12 @@ from falcon_fast.config import Config, load_config
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
-from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
-from falcon_fast.runs.directory import write_json
+from falcon_fast.runs.directory import check_is_directory, write_json
 from falcon_fast.runs.resuming import fitting, trained_settings
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.checkpoints import checkpoint
@@ -55,8 +54,7 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
         UsageError: there is no such run, no complete checkpoint or no such device, or the checkpoint is damaged.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: no such run directory")
+    check_is_directory(directory, str(directory))
     edited = load_config(directory / "config.toml")
     place = find_device(device)
     selected = fitting(directory, edited)

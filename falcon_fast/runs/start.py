@@ -11,7 +11,13 @@ from typing import Any, Literal
 from falcon_fast.config import Config, load_config, override, validate
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.host_memory import keep_host_memory
-from falcon_fast.runs.directory import create_run_directory, keep_result, remove_partials, write_config
+from falcon_fast.runs.directory import (
+    check_is_directory,
+    create_run_directory,
+    keep_result,
+    remove_partials,
+    write_config,
+)
 from falcon_fast.runs.lock import RunLock
 from falcon_fast.runs.resuming import Resumption, resumption
 from falcon_fast.training.checkpoints import checkpoint
@@ -50,8 +56,7 @@ def resumed_config(directory: Path, overrides: Mapping[str, Any], fixed: str | N
         raise UsageError(
             f"--resume continues a run with its own recipe and directory: {fixed} cannot change, leave it out"
         )
-    if not directory.is_dir():
-        raise UsageError(f"--resume {directory}: no such run directory")
+    check_is_directory(directory, f"--resume {directory}")
     return validate(override(load_config(directory / "config.toml"), overrides))
 
 

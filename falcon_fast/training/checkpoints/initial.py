@@ -31,8 +31,12 @@ def initialise(run: Run) -> None:
         return
     directory = Path(source)
     with run.processes.together():
-        if not directory.is_dir():
-            raise UsageError(f"--init-from {source}: no such run directory: {EXAMPLE}")
+        try:
+            there = directory.is_dir()
+        except OSError:  # a name that is too long
+            there = False
+        if not there:
+            raise UsageError(f"--init-from {source[:200]}: no such run directory: {EXAMPLE}")
         selected = select(directory)
         path, facts = selected.path, selected.facts
         whole = _load(run, path)
