@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,19 @@ def test_only_what_results_depend_on_is_recorded() -> None:
         {"step": 7, "setting": "training.epochs", "before": 1, "after": 2},
         {"step": 7, "setting": "loss.beta", "before": 1.0, "after": 2.0},
     ]
+
+
+def test_the_documentation_lists_every_setting_where_it_belongs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "resuming.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    text = {OnResume.FREE: "", OnResume.ASKED: "", OnResume.FIXED: ""}
+    rule = OnResume.FREE
+    for line in table:
+        rule = OnResume.ASKED if "--allow-change" in line else OnResume.FIXED if line.startswith("| never") else rule
+        text[rule] += line
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            name = f"{section}.{field.name}"
+            listed = {rule for rule, line in text.items() if f"`{name}`" in line}
+            whole = {rule for rule, line in text.items() if f"all of `{section}`" in line}
+            assert (listed or whole) == {on_resume(name)}, name

@@ -358,6 +358,66 @@ CORE = (
     ),
 )
 
+RESUMING = (
+    # ---- what a resumed run may change, and which of its files are used
+    Fault(
+        "the oldest whole checkpoint",
+        "falcon_fast/training/checkpoints/selection.py",
+        "reversed(candidates(run))",
+        "candidates(run)",
+        "tests/training/checkpoints/test_selection.py::test_the_newest_is_taken_where_nothing_is_wrong",
+        "a run that loses its newest steps at each resume",
+    ),
+    Fault(
+        "checkpoints sorted as text",
+        "falcon_fast/training/checkpoints/checkpoint.py",
+        "key=lambda path: int(path.name.removeprefix(PREFIX))",
+        "key=lambda path: path.name",
+        "tests/training/checkpoints/test_selection.py::test_ten_million_steps_come_after_one_million",
+        "a long run that goes back to step 99,999,999",
+    ),
+    Fault(
+        "shards are not verified",
+        "falcon_fast/training/checkpoints/integrity.py",
+        'if checksum(file) != said["crc32"]:',
+        "if not checksum(file):",
+        "tests/training/checkpoints/test_integrity.py::test_a_file_of_another_checkpoint_is_noticed",
+        "weights of another step, in silence",
+    ),
+    Fault(
+        "the file before the command",
+        "falcon_fast/config/differences.py",
+        "for other in (edited, asked):",
+        "for other in (asked, edited):",
+        "tests/config/test_differences.py::test_the_command_comes_before_the_file_and_the_file_before_the_checkpoint",
+        "an option that does nothing",
+    ),
+    Fault(
+        "every change is allowed",
+        "falcon_fast/config/differences.py",
+        "if change.rule is not OnResume.FREE and change.name not in allowed]",
+        "if change.rule is OnResume.FIXED and change.name not in allowed]",
+        "tests/config/test_differences.py::test_a_refusal_names_every_change_and_what_to_do",
+        "another learning rate in the middle of a run, by mistake",
+    ),
+    Fault(
+        "the last of two rows of a step",
+        "falcon_fast/training/records/mending.py",
+        "once.setdefault(step, row)",
+        "once[step + 1] = row",
+        "tests/training/records/test_mending.py::test_an_edit_is_said_and_mended",
+        "rows under the wrong step's place",
+    ),
+    Fault(
+        "names that two runs share",
+        "falcon_fast/runs/directory.py",
+        "            candidate.mkdir()\n",
+        "            candidate.mkdir(exist_ok=True)\n",
+        "tests/runs/test_directory.py::test_directories_that_are_made_at_once_get_names_of_their_own",
+        "two runs of one second in one directory",
+    ),
+)
+
 VIEWS_AND_FIGURES = (
     Fault(
         "curves swapped",
@@ -401,4 +461,4 @@ VIEWS_AND_FIGURES = (
     ),
 )
 
-FAULTS = (*REPORTING, *CORE, *VIEWS_AND_FIGURES)
+FAULTS = (*RESUMING, *REPORTING, *CORE, *VIEWS_AND_FIGURES)

@@ -9,7 +9,7 @@ from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.errors import UsageError
 from falcon_fast.training.distributed.processes import Processes
-from falcon_fast.training.run import _build
+from falcon_fast.training.run import _build, seed_process
 
 from .tiny import TINY, prepared
 
@@ -51,3 +51,24 @@ def test_the_seed_alone_decides_the_initial_weights_and_the_codes():
     assert not torch.equal(mine.codes.words, other.codes.words)
     assert not torch.equal(mine.probe.weight, other.probe.weight)
     assert mine.facts == again.facts and mine.facts != other.facts
+
+
+SEEDS = (0, 20241128123456, 2**62, 2**63 - 1)
+
+
+@pytest.mark.parametrize("rank", [1, 63])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_seed_of_one_process_is_one_of_several(seed, rank):
+    """Each process has a random state of its own, which depends on the seed, the process and the step."""
+    run = prepared(training__seed=seed)
+    draws = []
+    for place, step in ((rank, 0), (rank, 10**9), (rank + 1, 0)):
+        run.processes = Processes(place, 100, 0)
+        seed_process(run, step)
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 3
+    run.processes = Processes(rank, 100, 0)
+    seed_process(run, 0)
+    assert torch.rand(1).item() == draws[0]
+    if seed < 2**40:  # the states of seeds that worked before are the same
+        assert torch.initial_seed() == (seed + rank) * 1_000_003

@@ -38,3 +38,12 @@ def test_without_labels_there_are_none_and_ranks_share_the_batch() -> None:
     ]
     assert all(batch.labels is None and len(batch.views) == 8 for batch in ranks)
     assert not torch.equal(ranks[0].views, ranks[1].views)
+
+
+def test_the_largest_seed_has_pixels_for_every_process() -> None:
+    clock = Clock(2**63 - 1, 40, 8, AUGMENTATIONS["cifar-asymmetric"])
+    first, second = (
+        next(iter(synthetic.training_batches(SPLIT, clock, 4, range(1), CPU, rank=rank, world_size=2)))
+        for rank in (0, 1)
+    )
+    assert not torch.equal(first.views, second.views)
