@@ -143,7 +143,7 @@ def run_falcon(words: list[str], material: Path) -> None:
         known["cifar10"] = str(material / path)
     if "RUN" in words:
         new = f"RUN-{next(_fresh)}"
-        if "--run-dir" not in words:
+        if "--run-dir" not in words or "--init-from" in words:
             shutil.copytree(material / "RUN", new)
         known["RUN"] = new
     arguments = [word if word == recipe else known.get(word, word) for word in words]
@@ -152,6 +152,8 @@ def run_falcon(words: list[str], material: Path) -> None:
         return
     resumes = "--resume" in words
     extra = shlex.split(SHORTER.get("resume" if resumes else kind, ""))
+    if resumes and "--epochs" in words:
+        extra += ["--epochs", "2"]  # one more than the run had
     if kind == "train" and not resumes and "--data" not in words:
         extra += shlex.split(DIGITS)
     for option in ("--embedding-dim", "--num-codes", "--temperature-batch"):  # of the pages that are about them
