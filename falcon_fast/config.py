@@ -119,6 +119,8 @@ class TrainingConfig:
     cuda_graph: bool = False  # launch the whole step as one CUDA graph, on one GPU
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto: the GPU if there is one
+    # Threads of a CPU's operations; 0: OMP_NUM_THREADS, or else as many as other programs leave free while training.
+    threads: int = 0
     strategy: str = "auto"  # single, ddp or fsdp; auto: ddp where torchrun started several processes, else single
     # BatchNorm's statistics are computed over all processes; if false, over each process's own share, which saves one all-reduce
     # for each layer.
@@ -374,6 +376,7 @@ def validate(config: Config) -> Config:
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulate", training.accumulate, 1),
         ("training.seed", training.seed, 0),
+        ("training.threads", training.threads, 0),
         ("training.timeout", training.timeout, 1),
         ("log.every_steps", log.every_steps, 1),
         ("log.evaluate_epochs", log.evaluate_epochs, 0),

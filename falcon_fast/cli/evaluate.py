@@ -21,12 +21,18 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     from rich.console import Console
 
     from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.hardware.threads import following_load
     from falcon_fast.runs import results
     from falcon_fast.runs.directory import write_json
 
     console = Console(highlight=False, markup=False)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
     trained = results.load_trained(run, device)
-    result = results.evaluate(trained, data, say=lambda line: console.print(line, soft_wrap=True))
+    with following_load(trained.device, trained.config.training.threads, False, say):
+        result = results.evaluate(trained, data, say=say)
     for table in result_tables(result):  # printed first: the disk may be full, or the directory belong to somebody else
         console.print(table)
     write_json(run / "evaluation.json", result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -14,6 +13,7 @@ from falcon_fast import __version__
 from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.precision import choose_precision
+from falcon_fast.hardware.processors import usable_processors
 from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_extension, why_no_triton
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
@@ -30,7 +30,7 @@ def report() -> Iterator[str]:
     """Yield the lines of `falcon-fast info`."""
     yield f"falcon_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    yield f"CPU: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
+    yield f"CPU: {cpu_name()}, {usable_processors():.3g} processors usable, {torch.get_num_threads()} torch threads"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)

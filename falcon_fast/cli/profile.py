@@ -70,6 +70,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from rich.console import Console
 
     from falcon_fast.hardware.host_memory import keep_host_memory
+    from falcon_fast.hardware.threads import decide_threads
     from falcon_fast.profiling.measure import lines, profile
     from falcon_fast.training.distributed.processes import join
     from falcon_fast.training.run import prepare
@@ -83,6 +84,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
 
     run = prepare(config, processes)
     keep_host_memory(run.device)
+    decide_threads(training.threads)
     for note in run.notes:
         say(note)
     strategy = "single" if processes.group is None else processes.strategy

@@ -46,6 +46,7 @@ def train(
     from rich.console import Console
 
     from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.hardware.threads import following_load
     from falcon_fast.runs import results, start
     from falcon_fast.runs.lock import RunLock
     from falcon_fast.training import trainer
@@ -78,16 +79,17 @@ def train(
             return
         for line in begun.lines():
             say(line)
-        try:
-            seconds = trainer.train(begun.run, directory, console, begun.step, begun.seconds)
-        except (RunStopped, KeyboardInterrupt):  # the second Ctrl-C is a KeyboardInterrupt
-            say(start.how_to_continue(directory))
-            raise RunStopped(everywhere=True) from None
-        network = results.final_network(begun.run)
-        processes.close()
-        if not processes.main:
-            return
-        result = results.finish(begun.run, network, directory, seconds, say=say)
+        with following_load(begun.run.device, training.threads, training.compile, say):
+            try:
+                seconds = trainer.train(begun.run, directory, console, begun.step, begun.seconds)
+            except (RunStopped, KeyboardInterrupt):  # the second Ctrl-C is a KeyboardInterrupt
+                say(start.how_to_continue(directory))
+                raise RunStopped(everywhere=True) from None
+            network = results.final_network(begun.run)
+            processes.close()
+            if not processes.main:
+                return
+            result = results.finish(begun.run, network, directory, seconds, say=say)
         for table in result_tables(result):
             console.print(table)
         say(f"everything is in {directory}")

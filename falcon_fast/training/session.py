@@ -15,6 +15,7 @@ from torch import nn
 from falcon_fast.errors import RunStopped, TrainingError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
+from falcon_fast.hardware.threads import check_threads
 from falcon_fast.models.network import FalconNetwork
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.saver import Saver
@@ -97,6 +98,7 @@ class Session:
             inputs = next(self._inputs)
             self._throughput.step(time.monotonic() - waiting)
             yield inputs.step + 1, inputs
+            check_threads()
 
     def take_step(self, step: int, inputs: Any) -> StepMetrics:
         """Take one optimisation step on `inputs`. Nothing waits for the device."""
@@ -119,7 +121,7 @@ class Session:
         run = self._run
         self._check_finite()
         row = metrics_row(run, step, metrics, self.schedule.lr_scale(step))
-        row |= self._throughput.row() | {"seconds": self.seconds}
+        row |= self._throughput.row() | {"threads": torch.get_num_threads(), "seconds": self.seconds}
         if self.schedule.tests(step) and run.probe is not None:
             run.average_buffers()
             with run.averaged():

@@ -18,7 +18,6 @@ new pipeline starts at the same step.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +35,7 @@ from falcon_fast.data.views.crops_cpu import resized_crops
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.errors import TrainingError
+from falcon_fast.hardware.processors import usable_threads
 
 READ_AHEAD = 4  # steps, one thread each; reading several files at once helps on a slow or remote disk
 
@@ -100,7 +100,7 @@ class _Loader:
         self.bad = dict(quarantine.bad)
         # Images that DALI cannot decode, or decodes to another size than the header says.
         self.by_pillow: set[int] = set()
-        self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
+        self.threads = min(16, usable_threads())
         self.croppers = ThreadPoolExecutor(self.threads, thread_name_prefix="falcon-fast-crop")
 
     def prepare(self, step: int) -> _EncodedBatch | dict[int, str]:

@@ -7,7 +7,6 @@ worker makes a batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +24,7 @@ from falcon_fast.data.views.crops_cpu import pillow_crop
 from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
+from falcon_fast.hardware.processors import usable_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 def auto_workers(augmentation: Augmentation) -> int:
     """Return the number of worker processes that suits this machine.
 
-    It is 0 if a batch is one tensor operation (affine maps), else one less than the number of cores, at least 1 and at most 16.
+    It is 0 if a batch is one tensor operation (affine maps), else one less than the number of processors that this process may
+    use (affinity and cgroup quota), at least 1 and at most 16.
     """
     if augmentation.affine is not None:
         return 0
-    return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
+    return min(16, max(1, usable_threads() - 1))
 
 
 class _LoadedBatch(NamedTuple):

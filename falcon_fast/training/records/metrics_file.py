@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
-TIMINGS = ("images_per_second", "data_wait", "mfu", "seconds")
+TIMINGS = ("images_per_second", "data_wait", "mfu", "threads", "seconds")
 COLUMNS = (
     "step",
     "epoch",
@@ -42,6 +42,7 @@ class MetricsFile:
         data_wait: share of the time since the row before that was spent waiting for data.
         mfu: FLOP of the model (hardware/flops.py) since the row before, divided by those that the devices could do according to
             their data sheets; empty where these are not known.
+        threads: of operations on the CPU, when the row was written (hardware/threads.py).
         seconds: of training, from its beginning.
     """
 
