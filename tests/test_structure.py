@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "objective": {"kernels"},
     "config": {"errors", "kernels", "objective"},
     "hardware": {*BASE, "kernels"},
-    "data": {*BASE, "kernels"},
+    "data": {*BASE, "kernels", "hardware"},
     "models": {*BASE, "kernels", "objective"},
     "evaluation": {*BASE, "data", "models", "objective", "hardware"},
     "training": {*BASE, "kernels", "objective", "hardware", "data", "models", "evaluation"},

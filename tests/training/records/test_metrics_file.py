@@ -22,7 +22,7 @@ ROW = {
 
 def test_columns_begin_with_the_step_and_end_with_the_timings():
     assert COLUMNS[:8] == ("step", "epoch", "loss", "prior", "invariance", "codes_used", "lr", "probe_accuracy")
-    assert COLUMNS[-4:] == TIMINGS == ("images_per_second", "data_wait", "mfu", "seconds")
+    assert COLUMNS[-5:] == TIMINGS == ("images_per_second", "data_wait", "mfu", "threads", "seconds")
 
 
 def test_rows_are_on_disk_at_once_and_what_was_not_measured_is_empty(tmp_path):
