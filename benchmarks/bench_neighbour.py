@@ -11,6 +11,7 @@ The columns hold images/s over all steps of a phase, the seconds included in whi
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -56,7 +57,12 @@ def test_neighbour(table, tmp_path, photographs, case, threads, neighbours) -> N
     number = {"adaptive": 0, "fixed": most, "one": 1}[threads]
     data = ["--data", str(photographs), "--loader", "workers"] if case == "folder" else []
     command = [sys.executable, "-m", "falcon_fast", "train", "--amp", *CASES[case], *data]
-    for setting in (f"training.threads={number}", "log.every_steps=2", "log.evaluate_epochs=0", "log.tensorboard=false"):
+    for setting in (
+        f"training.threads={number}",
+        "log.every_steps=2",
+        "log.evaluate_epochs=0",
+        "log.tensorboard=false",
+    ):
         command += ["--set", setting]
     command += ["--epochs", "100000", "--set", "checkpoint.every_steps=1000000", "--run-dir", str(tmp_path / "run")]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -78,7 +84,11 @@ def test_neighbour(table, tmp_path, photographs, case, threads, neighbours) -> N
         neighbours=neighbours,
         **{name: speed(rows) for name, rows in zip(names, phases, strict=True)},
         **{f"{name}, settled": speed(rows, SETTLING) for name, rows in zip(names[1:], phases[1:], strict=True)},
-        **{"threads beside": mean(float(row["threads"]) for row in phases[1][len(phases[1]) // 2 :] or [{"threads": "nan"}])},
+        **{
+            "threads beside": mean(
+                float(row["threads"]) for row in phases[1][len(phases[1]) // 2 :] or [{"threads": "nan"}]
+            )
+        },
     )
 
 
@@ -114,6 +124,6 @@ def speed(rows: list[dict[str, str]], after: float = 0.0) -> float | None:
     seconds = float(rows[-1]["seconds"]) - float(rows[0]["seconds"])
     images = sum(
         float(row["images_per_second"]) * (float(row["seconds"]) - float(before["seconds"]))
-        for before, row in zip(rows, rows[1:], strict=False)
+        for before, row in itertools.pairwise(rows)
     )
     return images / seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,6 @@ def test_the_members_of_the_team_are_threads_of_this_process() -> None:
     if members is None:
         pytest.skip("needs the C++ kernels")
     assert len(set(members)) == len(members) == 3
-    assert set(members) <= {int(name) for name in os.listdir("/proc/self/task")}
+    assert set(members) <= {int(task.name) for task in Path("/proc/self/task").iterdir()}
     assert os.getpid() in members  # the main thread
     assert team_members(1) == [os.getpid()]
