@@ -8,6 +8,7 @@ from torch import nn
 
 from falcon_fast.config import Config, ModelConfig, nearest
 from falcon_fast.errors import UsageError
+from falcon_fast.models.initialisation import initialise_as_torchvision
 from falcon_fast.objective import FalconLoss, FalconProjector, HadamardCodes, RademacherCodes
 from falcon_fast.objective.codes import Codes
 
@@ -80,12 +81,15 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
     if config.name == "resnet8":
         if config.stem not in ("auto", "cifar"):
             raise UsageError(f"model.stem={config.stem} is for ResNets with a plain 7x7 stem: use auto with resnet8")
+        if config.initialisation != "timm":
+            raise UsageError("model.initialisation=torchvision is for ResNets of torchvision: use timm with resnet8")
         return ResNet8(config.width)
     import timm
 
     # A tag after a dot names pretrained weights, which are not loaded.
     if not timm.is_model(config.name) or "." in config.name:
         raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
+    random_state = torch.get_rng_state()
     try:
         try:
             backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
@@ -93,6 +97,9 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
             backbone = timm.create_model(config.name, num_classes=0)
         _check_patches(backbone, config.name, image_size)
         _set_stem(backbone, config.stem, image_size)
+        if config.initialisation == "torchvision":
+            torch.set_rng_state(random_state)  # as if timm had drawn nothing
+            initialise_as_torchvision(backbone, config.name)
         backbone.eval()
         with torch.inference_mode():
             features = backbone(torch.zeros(1, 3, image_size, image_size))

@@ -166,8 +166,12 @@ class Run:
         """The facts about model and data that a checkpoint holds, and that must be the same when it is resumed."""
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         training, model, loss = self.config.training, self.config.model, self.config.loss
+        start = (
+            "" if model.initialisation == "timm" else f"initialised as {model.initialisation}, "
+        )  # old ones say nothing
+        shape = f"{model.name}, width {model.width}, stem {model.stem}"
         return {
-            "model": f"{model.name}, width {model.width}, stem {model.stem}, {loss.activation} to f = {loss.embedding_dim}",
+            "model": f"{shape}, {start}{loss.activation} to f = {loss.embedding_dim}",
             "optimizer": self.config.optimizer.name,
             "precision": self.precision.name,
             "data": self.source.fingerprint,

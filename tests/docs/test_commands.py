@@ -31,7 +31,7 @@ from .pages import PAGES, ROOT, Block, blocks, commands, name_of, prose, spans
 
 SMALL = (
     "--num-codes 64 --embedding-dim 16 --temperature-batch 1 "
-    "--set model.name=resnet8 --set model.width=4 --set model.stem=auto"
+    "--set model.name=resnet8 --set model.width=4 --set model.stem=auto --set model.initialisation=timm"
 )
 # What is appended to a command so that it takes a second or two.
 SHORTER = {
