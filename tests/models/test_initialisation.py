@@ -55,7 +55,7 @@ def test_equal_weights_give_equal_features(mine: nn.Module, training: bool) -> N
 
 
 def test_every_tensor_has_its_distribution(mine: nn.Module) -> None:
-    """He's normal for the convolutions, torch's default for the stem, 1 for every scale: from the definitions, not torchvision."""
+    """He's normal for the convolutions, torch's default for the stem, 1 for every scale: from the definitions."""
     bound = 1 / math.sqrt(27)
     for name, tensor in mine.state_dict().items():
         values = tensor.flatten().double().numpy()
