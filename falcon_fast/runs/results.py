@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from falcon_fast.config import Config, load_config
+from falcon_fast.config import Config, load_config, nearest
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
+from falcon_fast.evaluation.published import check_published, published_nmi
 from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
@@ -70,20 +71,28 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)
 
 
-def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None]) -> dict[str, Any]:
+PROTOCOLS = ("standard", "published")
+
+
+def evaluate(
+    trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None], protocol: str = "standard"
+) -> dict[str, Any]:
     """Evaluate a trained network on its own data, or on the images at the path `data`.
 
     Other images are resized to the side of the network's own, and normalised with the same mean and std.
 
     Args:
         say: takes lines for the user.
+        protocol: standard: everything in evaluation mode; published: also the NMI of the codes as the published code measures it.
 
     Returns:
-        The figures that result.json holds.
+        The figures that result.json holds, and with the published protocol `published` (`published_nmi`).
 
     Raises:
-        UsageError: the data cannot be opened.
+        UsageError: the data cannot be opened, the protocol is unknown or does not fit the data.
     """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"unknown --protocol {protocol!r}: {nearest(protocol, PROTOCOLS)}")
     config = trained.config
     if data is not None:
         kind = "folder" if config.data.source == "digits" else config.data.source
@@ -92,8 +101,13 @@ def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callabl
     source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
     for note in source.notes:
         say(note)
+    if protocol == "published":  # before the evaluation, which may take long
+        check_published(source)
     workers = config.data.workers if config.data.workers >= 0 else auto_workers(augmentation(config.data.augmentation))
-    return evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
+    result = evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
+    if protocol == "published":
+        result["published"] = published_nmi(trained.network, trained.codes, source, trained.device, workers)
+    return result
 
 
 def final_network(run: Run) -> FalconNetwork:
