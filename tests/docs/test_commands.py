@@ -26,6 +26,7 @@ from falcon_fast.cli.main import cli
 from falcon_fast.cli.options import configured, overrides_of
 from falcon_fast.config import SECTIONS, parse_assignment
 from falcon_fast.errors import UsageError
+from falcon_fast.hardware.cuda import TORCH_12
 
 from .pages import PAGES, ROOT, Block, blocks, commands, name_of, prose, spans
 
@@ -175,7 +176,8 @@ def check_other(words: list[str]) -> None:
         assert extras <= set(pyproject["project"]["optional-dependencies"]), words
         assert words[1] == "install"
         if not any(word.startswith(".") for word in words):  # a package of somebody else
-            assert words[2:] in (["lightning"], ["pre-commit"]), words
+            torch_12 = ["torch", "torchvision", "--index-url", TORCH_12.split()[-1]]
+            assert words[2:] in (["lightning"], ["pre-commit"], torch_12, ["--force-reinstall", *torch_12]), words
     elif program == "python":
         check_python(words[1:])
     elif program == "pytest":
