@@ -32,7 +32,7 @@ def evaluate(run: Path, data: str | None, device: str, protocol: str) -> None:
     from falcon_fast.runs.directory import write_json
 
     console = Console(highlight=False, markup=False)
-    trained = results.load_trained(run, device)
+    trained = results.load_run(run, device)
     result = results.evaluate(trained, data, say=lambda line: console.print(line, soft_wrap=True), protocol=protocol)
     for table in result_tables(result):  # printed first: the disk may be full, or the directory belong to somebody else
         console.print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.published import check_published, published_nmi
 from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
+from falcon_fast.models.exported import TrainedBackbone, backbone_metadata, load_backbone
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.runs.directory import write_json
@@ -46,7 +46,20 @@ class Trained:
     device: torch.device
 
 
-def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
+def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained | TrainedBackbone:
+    """Return what a run has learned, on `device` (auto, cpu, cuda or cuda:N).
+
+    Args:
+        path: a run directory, for the network at its newest checkpoint (`load_run`), or a `backbone.safetensors`, for the
+            backbone alone. The file needs nothing else.
+
+    Raises:
+        UsageError: there is nothing at `path`, or it is damaged, or there is no such device.
+    """
+    return load_backbone(path, find_device(device)) if Path(path).is_file() else load_run(path, device)
+
+
+def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
     """Return the network of the run in `directory` at its newest checkpoint, on `device` (auto, cpu, cuda or cuda:N).
 
     Raises:
@@ -142,12 +155,8 @@ def finish(
     plot_curves(directory / "metrics.csv", directory / "curves.png")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
     partial = directory / ".backbone.safetensors.partial"
-    metadata = {
-        "model": run.config.model.name,
-        "image_size": str(run.source.size),
-        "mean": json.dumps(run.source.mean),
-        "std": json.dumps(run.source.std),
-    }
+    source = run.source
+    metadata = backbone_metadata(run.config.model, network.backbone, source.size, source.mean, source.std)
     save_file(weights, partial, metadata=metadata)
     partial.replace(directory / "backbone.safetensors")
     write_json(directory / "result.json", result)  # written last, because a run with a result.json is a finished run
