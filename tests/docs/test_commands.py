@@ -159,6 +159,9 @@ def run_falcon(words: list[str], material: Path) -> None:
         if option in words and option in extra:
             at = extra.index(option)
             del extra[at : at + 2]
+    if "model.stem=cifar-padded" in words:  # the page is about the recipe's own ResNet-18
+        extra = [word for word in extra if not word.startswith("model.")]
+        extra = [word for word, after in zip(extra, [*extra[1:], ""], strict=True) if word != "--set" or "=" in after]
     invoke([*arguments, *extra])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def test_a_dali_that_cannot_start_is_said_and_replaced(photos: Source, monkeypat
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     name, (note,) = choose_loader(config, photos, CROPS, CPU)
     assert name == "workers" and "DALI cannot start (" in note and "\n" not in note
-    assert "pip install nvidia-dali-cuda130" in note
+    assert re.search("pip install nvidia-dali-cuda1[23]0", note)
+    for built_for, package in (("12.6", "cuda120"), ("13.0", "cuda130"), (None, "cuda130")):
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        assert (dali_pipeline.why_not(CPU) or "").endswith(f": pip install nvidia-dali-{package}")
     with pytest.raises(UsageError, match=r"DALI cannot start: .*; use --loader workers"):
         choose_loader(DataConfig(loader="dali"), photos, CROPS, CPU)
     monkeypatch.undo()
