@@ -38,6 +38,7 @@ STRATEGIES = ("auto", "single", "ddp", "fsdp")
 PARAM_DTYPES = ("float32", "bfloat16")
 PRIOR_SCOPES = ("global", "local")
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
+INITIALISATIONS = ("timm", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class ModelConfig:
     width: int = 32  # channels in the first stage of resnet8, which has four times as many features
     # Stem of a ResNet; auto: cifar up to 64 px, else imagenet; cifar-padded: conv1 with padding 2, as published.
     stem: str = "auto"
+    # Initial weights. timm: the last BatchNorm scale of each residual block is 0; torchvision: it is 1, and a CIFAR stem has
+    # torch's default of a convolution, as published (ResNets of torchvision only).
+    initialisation: str = "timm"
 
 
 @dataclass(frozen=True)
@@ -344,6 +348,7 @@ def validate(config: Config) -> Config:
         ("data.loader", data.loader, LOADERS),
         ("data.photometric", data.photometric, PHOTOMETRIC),
         ("model.stem", model.stem, STEMS),
+        ("model.initialisation", model.initialisation, INITIALISATIONS),
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),
         ("loss.prior", loss.prior, PRIORS),

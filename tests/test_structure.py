@@ -183,7 +183,9 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
     }
     found = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     strangers = {
-        path for path in found - known - set(topics) if path.split("/")[0] not in ("docs", "examples", "faults")
+        path
+        for path in found - known - set(topics)
+        if path.split("/")[0] not in ("benchmarks", "docs", "examples", "faults")
     }
     assert not strangers
     assert not set(topics) - found

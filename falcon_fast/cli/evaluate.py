@@ -16,7 +16,14 @@ import click
     show_default="the images of the run",
 )
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def evaluate(run: Path, data: str | None, device: str) -> None:
+@click.option(
+    "--protocol",
+    metavar="NAME",
+    default="standard",
+    show_default=True,
+    help="standard (evaluation mode), or published: also the NMI of the codes as the published code measures it.",
+)
+def evaluate(run: Path, data: str | None, device: str, protocol: str) -> None:
     """Evaluate the newest checkpoint in the run directory RUN, and write the figures to RUN/evaluation.json."""
     from rich.console import Console
 
@@ -30,9 +37,9 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    trained = results.load_trained(run, device)
+    trained = results.load_run(run, device)
     with following_load(trained.device, trained.config.training.threads, False, say):
-        result = results.evaluate(trained, data, say=say)
+        result = results.evaluate(trained, data, say=say, protocol=protocol)
     for table in result_tables(result):  # printed first: the disk may be full, or the directory belong to somebody else
         console.print(table)
     write_json(run / "evaluation.json", result)

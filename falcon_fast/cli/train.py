@@ -53,6 +53,7 @@ def train(
     from falcon_fast.training.distributed.processes import join
 
     how: start.How
+    notes: list[str] = []
     overrides = overrides_of(options, settings)
     if continuing and (resume is not None or run_dir is None):
         raise UsageError("--continue needs --run-dir RUN and conflicts with --resume: drop --resume and give --run-dir")
@@ -60,7 +61,7 @@ def train(
         fixed = "--recipe" if recipe else "--run-dir" if run_dir else None
         how, directory, config = "resume", resume, start.resumed_config(resume, overrides, fixed)
     else:
-        how, config = "continue" if continuing else "new", configured(recipe, overrides)
+        how, config = "continue" if continuing else "new", configured(recipe, overrides, notes.append)
         directory = run_dir or start.default_directory(config)
 
     training = config.training
@@ -77,7 +78,7 @@ def train(
             say(f"{directory} is finished: its figures are in {directory / 'result.json'}")
             processes.close()
             return
-        for line in begun.lines():
+        for line in (*notes, *begun.lines()):
             say(line)
         with following_load(begun.run.device, training.threads, training.compile, say):
             try:

@@ -21,7 +21,10 @@ COLLAPSE = (
 
 
 def result_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the figures of `result.json` as rich tables: the comparison (only with labels), then the collapse checks."""
+    """Return the figures of `result.json` as rich tables.
+
+    They are the comparison (only with labels), the NMI by the published protocol if it was measured, and the collapse checks.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -39,6 +42,14 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
             row = result[key]
             codes = (_figure(row.get("nmi_codes")), str(row.get("codes_used", "")))
             table.add_row(label, _figure(row["probe"]), _figure(row["knn"]), _figure(row["nmi_kmeans"]), *codes)
+        tables.append(table)
+    if (published := result.get("published")) is not None:
+        table = heading("NMI of the codes, in evaluation mode and as published, without eval()")
+        for name in ("", "NMI codes", "codes"):
+            table.add_column(name, justify="left" if not name else "right")
+        table.add_row("evaluation mode", _figure(trained["nmi_codes"]), str(trained["codes_used"]))
+        how = f"published: batches of {published['batch_size']}, {published['order']}"
+        table.add_row(how, _figure(published["nmi_codes"]), str(published["codes_used"]))
         tables.append(table)
     table = heading("collapse checks, on the test split")
     for name in ("", "embeddings", "backbone", "must exceed", "verdict"):

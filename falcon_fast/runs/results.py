@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +11,16 @@ from typing import Any
 
 import torch
 
-from falcon_fast.config import Config, load_config
+from falcon_fast.config import Config, load_config, nearest
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.errors import UsageError
 from falcon_fast.evaluation.protocol import evaluate_network
+from falcon_fast.evaluation.published import check_published, published_nmi
 from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
+from falcon_fast.models.exported import TrainedBackbone, backbone_metadata, load_backbone
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.runs.directory import write_json
@@ -45,7 +46,20 @@ class Trained:
     device: torch.device
 
 
-def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
+def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained | TrainedBackbone:
+    """Return what a run has learned, on `device` (auto, cpu, cuda or cuda:N).
+
+    Args:
+        path: a run directory, for the network at its newest checkpoint (`load_run`), or a `backbone.safetensors`, for the
+            backbone alone. The file needs nothing else.
+
+    Raises:
+        UsageError: there is nothing at `path`, or it is damaged, or there is no such device.
+    """
+    return load_backbone(path, find_device(device)) if Path(path).is_file() else load_run(path, device)
+
+
+def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
     """Return the network of the run in `directory` at its newest checkpoint, on `device` (auto, cpu, cuda or cuda:N).
 
     Raises:
@@ -70,20 +84,28 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)
 
 
-def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None]) -> dict[str, Any]:
+PROTOCOLS = ("standard", "published")
+
+
+def evaluate(
+    trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None], protocol: str = "standard"
+) -> dict[str, Any]:
     """Evaluate a trained network on its own data, or on the images at the path `data`.
 
     Other images are resized to the side of the network's own, and normalised with the same mean and std.
 
     Args:
         say: takes lines for the user.
+        protocol: standard: everything in evaluation mode; published: also the NMI of the codes as the published code measures it.
 
     Returns:
-        The figures that result.json holds.
+        The figures that result.json holds, and with the published protocol `published` (`published_nmi`).
 
     Raises:
-        UsageError: the data cannot be opened.
+        UsageError: the data cannot be opened, the protocol is unknown or does not fit the data.
     """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"unknown --protocol {protocol!r}: {nearest(protocol, PROTOCOLS)}")
     config = trained.config
     if data is not None:
         kind = "folder" if config.data.source == "digits" else config.data.source
@@ -92,8 +114,13 @@ def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callabl
     source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
     for note in source.notes:
         say(note)
+    if protocol == "published":  # before the evaluation, which may take long
+        check_published(source)
     workers = config.data.workers if config.data.workers >= 0 else auto_workers(augmentation(config.data.augmentation))
-    return evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
+    result = evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
+    if protocol == "published":
+        result["published"] = published_nmi(trained.network, trained.codes, source, trained.device, workers)
+    return result
 
 
 def final_network(run: Run) -> FalconNetwork:
@@ -128,12 +155,8 @@ def finish(
     plot_curves(directory / "metrics.csv", directory / "curves.png")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
     partial = directory / ".backbone.safetensors.partial"
-    metadata = {
-        "model": run.config.model.name,
-        "image_size": str(run.source.size),
-        "mean": json.dumps(run.source.mean),
-        "std": json.dumps(run.source.std),
-    }
+    source = run.source
+    metadata = backbone_metadata(run.config.model, network.backbone, source.size, source.mean, source.std)
     save_file(weights, partial, metadata=metadata)
     partial.replace(directory / "backbone.safetensors")
     write_json(directory / "result.json", result)  # written last, because a run with a result.json is a finished run

@@ -102,7 +102,7 @@ class Session:
 
     def take_step(self, step: int, inputs: Any) -> StepMetrics:
         """Take one optimisation step on `inputs`. Nothing waits for the device."""
-        metrics = self._take_step(inputs, self.schedule.lr_scale(step), self.schedule.logs(step))
+        metrics = self._take_step(inputs, self.schedule.rate(step), self.schedule.logs(step))
         bad = (self._first_bad == NEVER) & ~torch.isfinite(metrics.loss)
         self._first_bad = torch.where(bad, step, self._first_bad)
         self._display.advance(step)
@@ -120,7 +120,7 @@ class Session:
         """
         run = self._run
         self._check_finite()
-        row = metrics_row(run, step, metrics, self.schedule.lr_scale(step))
+        row = metrics_row(run, step, metrics, self.schedule.rate(step))
         row |= self._throughput.row() | {"threads": torch.get_num_threads(), "seconds": self.seconds}
         if self.schedule.tests(step) and run.probe is not None:
             run.average_buffers()

@@ -22,6 +22,7 @@ from falcon_fast.kernels.torch_private import grad_scaler_state
 from falcon_fast.objective import FalconLoss
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.distributed.parallel import gradient_sync
+from falcon_fast.training.optimizer import Rate
 
 
 @dataclass
@@ -124,7 +125,7 @@ def training_step(
     learner: Learner,
     views: torch.Tensor,
     labels: torch.Tensor | None,
-    lr_scale: float | torch.Tensor,
+    rate: Rate | float,
     measure_norm: bool = False,
 ) -> StepMetrics:
     """Take one step on one batch: forward, backward and update.
@@ -132,16 +133,17 @@ def training_step(
     Args:
         views: normalised images (2 B, 3, S, S), view 1 of all B images first.
         labels: (B,) integers, or None.
-        lr_scale: the learning rate of each parameter group is this times its `peak_lr`; a 0-d tensor where the groups' rates are
-            tensors (graphed.py).
+        rate: makes of each parameter group's `peak_lr` its learning rate; a number is a share of the peak. It holds tensors where
+            the groups' rates are tensors (graphed.py).
         measure_norm: report the norm of the gradient even if nothing is clipped.
     """
+    rate = rate if isinstance(rate, Rate) else Rate(rate)
     for group in learner.optimizer.param_groups:
-        rate = group["peak_lr"] * lr_scale
-        if torch.is_tensor(rate):
-            group["lr"].copy_(rate)
+        lr = rate.of(group["peak_lr"])
+        if torch.is_tensor(lr):
+            group["lr"].copy_(lr)
         else:
-            group["lr"] = rate
+            group["lr"] = lr
     learner.optimizer.zero_grad(set_to_none=True)
     metrics = gradient(learner, views, labels)
     return metrics._replace(grad_norm=update(learner, measure_norm))

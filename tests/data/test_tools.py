@@ -13,6 +13,7 @@ from falcon_fast.data.sources.folders import image_paths
 from falcon_fast.data.sources.images import header, read_image
 from falcon_fast.training.run import prepare
 
+from .dali import DALI
 from .images import damage, smooth, write_every_kind
 
 
@@ -62,7 +63,7 @@ def test_what_no_jpeg_holds_is_named_and_nothing_half_written_stays(tmp_path: Pa
     assert code == 1 and "No space left" in err and not list((tmp_path / "full").iterdir())
 
 
-@pytest.mark.parametrize("loader", ["workers", "dali", "resident"])
+@pytest.mark.parametrize("loader", ["workers", DALI, "resident"])
 def test_a_preview_shows_what_a_run_sees_first(photo_folder: Path, tmp_path: Path, data, loader: str) -> None:
     out = tmp_path / "sheet.png"
     code, lines, err = data(

@@ -15,6 +15,7 @@ import torch
 from falcon_fast.hardware.flops import step_flops
 from falcon_fast.hardware.peaks import known_rate
 from falcon_fast.models.network import build_network
+from falcon_fast.training.optimizer import Rate
 from falcon_fast.training.records.metrics_file import MetricsFile
 from falcon_fast.training.run import Run
 from falcon_fast.training.step import StepMetrics
@@ -101,7 +102,7 @@ def utilisation_per_image(run: Run, say: Callable[[str], None]) -> float | None:
     return flop / run.config.training.batch_size / (peak * run.processes.world_size)
 
 
-def metrics_row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> dict[str, Any]:
+def metrics_row(run: Run, step: int, metrics: StepMetrics, rate: Rate) -> dict[str, Any]:
     """Return the columns of a row that are not timings. All processes call it together.
 
     Losses and accuracies are means over the processes. `codes_used` counts the codes in the batch that the prior saw: the global
@@ -109,7 +110,7 @@ def metrics_row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> d
 
     Args:
         step: optimisation steps done.
-        lr_scale: learning rate of the step, as a multiple of the peak.
+        rate: what the schedule makes of the peak learning rate at this step.
     """
     measured = [metrics.loss, metrics.prior, metrics.invariance]
     measured += [] if metrics.probe_accuracy is None else [metrics.probe_accuracy]
@@ -121,7 +122,7 @@ def metrics_row(run: Run, step: int, metrics: StepMetrics, lr_scale: float) -> d
         "prior": prior,
         "invariance": invariance,
         "codes_used": int(metrics.codes_used),
-        "lr": run.config.optimizer.lr * lr_scale,
+        "lr": rate.of(run.config.optimizer.lr),
         "grad_norm": None if metrics.grad_norm is None else float(metrics.grad_norm),
         "probe_train_accuracy": accuracy[0] if accuracy else None,
     }
