@@ -31,7 +31,9 @@ OPTION_KEYS = {
     "seed": "training.seed",
     "device": "training.device",
     "strategy": "training.strategy",
+    "init_from": "training.init_from",
 }
+PATHS = ("data.path", "training.init_from")
 
 FROM_RECIPE = "from the recipe"
 
@@ -116,6 +118,12 @@ _OPTIONS = (
         show_default=FROM_RECIPE,
     ),
     click.option(
+        "--init-from",
+        metavar="RUN",
+        help="Start from the weights of the newest checkpoint in this run directory, with any other settings.",
+        show_default="random weights",
+    ),
+    click.option(
         "--set",
         "settings",
         multiple=True,
@@ -145,8 +153,9 @@ def overrides_of(options: Mapping[str, Any], settings: tuple[str, ...]) -> dict[
     """
     found = {key: options[option] for option, key in OPTION_KEYS.items() if options.get(option) is not None}
     found |= dict(parse_assignment(text) for text in settings)
-    if "data.path" in found:
-        found["data.path"] = os.path.abspath(os.path.expanduser(found["data.path"]))
+    for name in PATHS:
+        if found.get(name):
+            found[name] = os.path.abspath(os.path.expanduser(found[name]))
     return found | _short_form(options.get("amp"), found.get("training.precision"))
 
 
@@ -161,6 +170,11 @@ def _short_form(amp: bool | None, precision: str | None) -> dict[str, Any]:
     return {}
 
 
+def default_recipe(recipe: str | None, overrides: Mapping[str, Any]) -> str:
+    """Return the recipe that the command means: the one that it names, else folder if there is a data.path, else digits."""
+    return recipe or ("folder" if "data.path" in overrides else "digits")
+
+
 def configured(recipe: str | None, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Config:
     """Return the configuration of a recipe (by default digits, or folder if there is a data.path) with some settings changed.
 
@@ -173,7 +187,7 @@ def configured(recipe: str | None, overrides: Mapping[str, Any], say: Callable[[
     Raises:
         UsageError: the recipe or a setting is unknown, or a value is out of range.
     """
-    config = load_recipe(recipe or ("folder" if "data.path" in overrides else "digits"))
+    config = load_recipe(default_recipe(recipe, overrides))
     rates = scaled_rates(config, overrides)
     changed = validate(override(config, {**rates, **overrides}))
     if rates and say is not None:

@@ -73,6 +73,7 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from falcon_fast.hardware.threads import decide_threads
     from falcon_fast.profiling.measure import lines, profile
     from falcon_fast.training.distributed.processes import join
+    from falcon_fast.training.memory import check_fits
     from falcon_fast.training.run import prepare
 
     training = config.training
@@ -83,6 +84,8 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
         console.print(line, soft_wrap=True)
 
     run = prepare(config, processes)
+    with processes.together():
+        check_fits(run)
     keep_host_memory(run.device)
     decide_threads(training.threads)
     for note in run.notes:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from falcon_fast.cli.options import configured, overrides_of, training_options
+from falcon_fast.cli.options import configured, default_recipe, overrides_of, training_options
+from falcon_fast.config import check_allowed
 from falcon_fast.errors import RunStopped, UsageError
 
 
@@ -24,7 +25,8 @@ from falcon_fast.errors import RunStopped, UsageError
     "--resume",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Continue the interrupted run in this directory, from its newest checkpoint.",
+    help="Continue the run in this directory from its newest checkpoint, for example with more --epochs. auto: the newest run of "
+    "the recipe in runs/.",
     show_default="begin a new run",
 )
 @click.option(
@@ -34,11 +36,20 @@ from falcon_fast.errors import RunStopped, UsageError
     help="Continue the run in --run-dir if it has begun, otherwise begin it there: for jobs that are started again.",
     show_default="off",
 )
+@click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="SECTION.KEY",
+    help="With --resume or --continue: let this setting change although it changes what is learned (optimizer.lr); repeatable.",
+    show_default="refuse",
+)
 def train(
     recipe: str | None,
     run_dir: Path | None,
     resume: Path | None,
     continuing: bool,
+    allowed: tuple[str, ...],
     settings: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -47,7 +58,7 @@ def train(
 
     from falcon_fast.evaluation.report import result_tables
     from falcon_fast.hardware.threads import following_load
-    from falcon_fast.runs import results, start
+    from falcon_fast.runs import results, resuming, start
     from falcon_fast.runs.lock import RunLock
     from falcon_fast.training import trainer
     from falcon_fast.training.distributed.processes import join
@@ -57,12 +68,22 @@ def train(
     overrides = overrides_of(options, settings)
     if continuing and (resume is not None or run_dir is None):
         raise UsageError("--continue needs --run-dir RUN and conflicts with --resume: drop --resume and give --run-dir")
+    if allowed and not (resume or continuing):
+        raise UsageError("--allow-change is for a run that has begun: give --resume RUN, or --run-dir RUN --continue")
+    check_allowed(allowed)
+    found = None
+    if resume == Path("auto"):
+        found = resume = resuming.newest_run(
+            Path("runs"), default_recipe(recipe, overrides), overrides.get("data.path")
+        )
+        recipe = None
     if resume is not None:
         fixed = "--recipe" if recipe else "--run-dir" if run_dir else None
-        how, directory, config = "resume", resume, start.resumed_config(resume, overrides, fixed)
+        how, directory, asked = "resume", resume, start.resumed_config(resume, overrides, fixed)
     else:
-        how, config = "continue" if continuing else "new", configured(recipe, overrides, notes.append)
-        directory = run_dir or start.default_directory(config)
+        how, asked = "continue" if continuing else "new", configured(recipe, overrides, notes.append)
+        directory = run_dir or start.default_directory(asked)
+    config = asked if how == "new" else resuming.expected(directory, asked)
 
     training = config.training
     processes = join(training.strategy, training.device, training.batch_size, training.timeout)
@@ -72,12 +93,16 @@ def train(
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
+    if found is not None:
+        say(f"--resume auto: {found} is the newest run of this recipe")
     with RunLock(directory) as lock:
-        begun = start.begin(config, directory, how, processes, lock, say)
+        fresh = how == "new" and run_dir is None
+        begun = start.begin(asked, directory, how, processes, lock, say, allowed, fresh)
         if begun is None:
             say(f"{directory} is finished: its figures are in {directory / 'result.json'}")
             processes.close()
             return
+        directory = begun.directory
         for line in (*notes, *begun.lines()):
             say(line)
         with following_load(begun.run.device, training.threads, training.compile, say):

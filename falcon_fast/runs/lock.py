@@ -35,6 +35,11 @@ class RunLock:
     def held(self) -> bool:
         return self._file is not None
 
+    def aim(self, directory: Path) -> None:
+        """Make this the lock of another directory. It must not be held."""
+        assert not self.held
+        self._directory, self._path = directory, directory / NAME
+
     def take(self, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> None:
         """Take the lock. If another run holds it, wait up to `patience` seconds, and tell the user through `say`.
 

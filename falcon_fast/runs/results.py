@@ -23,7 +23,8 @@ from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.exported import TrainedBackbone, backbone_metadata, load_backbone
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
-from falcon_fast.runs.directory import write_json
+from falcon_fast.runs.directory import check_is_directory, write_json
+from falcon_fast.runs.resuming import fitting, trained_settings
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.run import Run
@@ -36,6 +37,7 @@ class Trained:
     Attributes:
         codes: the dictionary of the run; its temperature is `config.tau`.
         mean, std: of each channel, which normalise images with pixels in [0, 1].
+        notes: lines about newer checkpoints that could not be used, and about edits of config.toml that do not apply.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Trained:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     device: torch.device
+    notes: tuple[str, ...] = ()
 
 
 def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained | TrainedBackbone:
@@ -60,19 +63,19 @@ def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained 
 
 
 def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
-    """Return the network of the run in `directory` at its newest checkpoint, on `device` (auto, cpu, cuda or cuda:N).
+    """Return the network of the run in `directory` at its newest whole checkpoint, on `device` (auto, cpu, cuda or cuda:N).
 
     Raises:
         UsageError: there is no such run, no complete checkpoint or no such device, or the checkpoint is damaged.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: no such run directory")
-    config = load_config(directory / "config.toml")
+    check_is_directory(directory, str(directory))
+    edited = load_config(directory / "config.toml")
     place = find_device(device)
+    selected = fitting(directory, edited)
+    config, edits = trained_settings(selected, edited)
     network = build_network(config, config.data.size)
-    path = checkpoint.latest(directory)
-    facts = checkpoint.read_facts(path)
+    path, facts = selected.path, selected.facts
     if config.optimizer.ema_decay:  # the averaged weights are evaluated and used
         average = WeightAverage(network, config.optimizer.ema_decay)
         checkpoint.load(path, network, extra={f"average.{name}": tensor for name, tensor in average.state().items()})
@@ -81,7 +84,8 @@ def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained
         checkpoint.load(path, network)
     network.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
-    return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)
+    notes = (*selected.notes(), *edits)
+    return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place, notes)
 
 
 PROTOCOLS = ("standard", "published")
@@ -112,7 +116,7 @@ def evaluate(
         path = os.path.abspath(os.path.expanduser(data))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=kind, path=path))
     source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
-    for note in source.notes:
+    for note in (*trained.notes, *source.notes):
         say(note)
     if protocol == "published":  # before the evaluation, which may take long
         check_published(source)
@@ -152,6 +156,8 @@ def finish(
     result = evaluate_network(run.config, network, run.codes, run.source, run.device, run.workers, say)
     images = run.total_steps * run.config.training.batch_size
     result |= {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
+    if run.changes:
+        result["changes"] = run.changes
     plot_curves(directory / "metrics.csv", directory / "curves.png")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
     partial = directory / ".backbone.safetensors.partial"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from falcon_fast.config import Config, TrainingConfig
+from falcon_fast.config import Config, as_tables
 from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.workers import auto_workers
@@ -23,6 +23,7 @@ from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.cuda import installed, mismatches
 from falcon_fast.hardware.devices import find_device
+from falcon_fast.hardware.host_memory import is_out_of_memory
 from falcon_fast.hardware.precision import Precision, choose_precision
 from falcon_fast.models.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
 from falcon_fast.models.network import FalconNetwork, build_codes, build_criterion, build_network
@@ -35,6 +36,7 @@ from falcon_fast.training.distributed.parallel import average_buffers, data_para
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
+from falcon_fast.training.requirements import check_accumulation, check_machine
 from falcon_fast.training.step import Learner
 
 
@@ -50,6 +52,8 @@ class Run:
         criterion: the loss.
         probe: the online linear probe; None without labels.
         notes: lines for the user about what is not as asked for, or not as expected.
+        changes: the settings that were changed when the run was resumed, and after how many steps; see `history_of`.
+        recorded: length and checksum of metrics.csv as it is now, or as it was when the restored checkpoint was written.
     """
 
     config: Config
@@ -65,6 +69,8 @@ class Run:
     probe: nn.Linear | None
     notes: tuple[str, ...]
     processes: Processes = field(default_factory=Processes)
+    changes: list[Mapping[str, Any]] = field(default_factory=list)
+    recorded: Mapping[str, Any] | None = None
     learner: Learner = field(init=False)
     _whole: tuple[FalconNetwork, nn.Linear | None] | None = field(init=False, default=None)
 
@@ -164,7 +170,9 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts about model and data that a checkpoint holds, and that must be the same when it is resumed."""
+        """The facts that a checkpoint holds: about model and data, which must be the same when it is resumed, all settings, and
+        the changes of settings so far.
+        """
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         training, model, loss = self.config.training, self.config.model, self.config.loss
         start = (
@@ -185,6 +193,9 @@ class Run:
             "temperature": self.config.tau,
             "mean": list(self.source.mean),
             "std": list(self.source.std),
+            "settings": as_tables(self.config),
+            "changes": list(self.changes),
+            "metrics": self.recorded,
         }
 
 
@@ -202,7 +213,15 @@ def prepare(config: Config, processes: Processes | None = None, source: Source |
     if source is None:
         source = processes.main_first(lambda: open_source(config.data))
     with processes.together():
-        parts = _build(config, source, processes)
+        try:
+            parts = _build(config, source, processes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"there is not enough memory to build {config.model.name} with f = {config.loss.embedding_dim} and "
+                f"c = {config.loss.num_codes}: use a smaller model, --embedding-dim or --num-codes"
+            ) from None
     return Run(**parts, processes=processes)
 
 
@@ -217,7 +236,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     recipe = augmentation(config.data.augmentation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
-    notes += _check_accumulation(training, processes)
+    notes += check_accumulation(training, processes)
     if training.cuda_graph and (reason := why_not_graphed(device, processes.world_size, config.optimizer.name)):
         raise UsageError(f"--cuda-graph: {reason}; leave it out")
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
@@ -225,6 +244,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     known = dict(source.known_bad)  # if there are too many, the user learns it before anything is written
     Quarantine(source.train.images, config.data.max_bad_fraction, known=known, left_out=source.left_out)
 
+    check_machine(config, source.size, device, processes)
     network = build_network(config, source.size)
     averaged = training.batch_size // training.accumulate // (1 if training.sync_batchnorm else processes.world_size)
     if averaged == 1 and has_batchnorm(network):
@@ -263,34 +283,13 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     }
 
 
-def _check_accumulation(training: TrainingConfig, processes: Processes) -> tuple[str, ...]:
-    """Return a note about what micro-batches change, if there are several.
-
-    Raises:
-        UsageError: the batch does not divide into them.
-    """
-    parts = training.accumulate * processes.world_size
-    if training.batch_size % parts:
-        raise UsageError(
-            f"batch size {training.batch_size} does not divide into {training.accumulate} micro-batches in each of "
-            f"{processes.world_size} processes: make it a multiple of {parts}"
-        )
-    if training.accumulate == 1:
-        return ()
-    micro = training.batch_size // training.accumulate
-    return (
-        f"--accumulate {training.accumulate}: the prior's mean assignment and BatchNorm's statistics are computed over each "
-        f"micro-batch of {micro} images, not over all {training.batch_size}",
-    )
-
-
 def seed_process(run: Run, step: int) -> None:
     """Seed the random state of every process but process 0 for the steps from `step` on.
 
     Otherwise the masks of dropout would be the same in every process, and again after each change of their number.
     """
     if run.processes.rank:
-        torch.manual_seed((run.config.training.seed + run.processes.rank) * 1_000_003 + step)
+        torch.manual_seed(((run.config.training.seed + run.processes.rank) * 1_000_003 + step) % 2**63)
 
 
 def build_probe(config: Config, network: FalconNetwork, source: Source, device: torch.device) -> nn.Linear | None:

@@ -52,7 +52,7 @@ class Session:
         self._run, self._processes, self._checkpoints = run, run.processes, directory / "checkpoints"
         photometric = photometric_of(run, self._say)
         self._quarantine = quarantine_of(run, self._say, directory / "quarantine.csv")
-        self._log = RunLog(run, directory, start_step)
+        self._log = RunLog(run, directory, start_step, self._say)
         if start_step == 0:
             seed_process(run, 0)
         self._saver = Saver(self._checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, run.processes)

@@ -121,7 +121,7 @@ BAD = {
     "augmentation": (["--set", "data.augmentation=digit"], "did you mean"),
     "resume nothing": (["--resume", "nowhere"], "no such run"),
     "resume no run": (["--resume", "empty"], "config.toml"),
-    "resume with changes": (["--resume", "empty", "--epochs", "3"], "cannot change"),
+    "resume with another recipe": (["--resume", "empty", "--recipe", "cifar10"], "cannot change"),
     "continue what": (["--continue"], "--continue needs --run-dir"),
     "continue no run": (["--continue", "--run-dir", "occupied"], "something other than a run"),
     "occupied run directory": (["--run-dir", "occupied"], "not empty"),

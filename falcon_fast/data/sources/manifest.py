@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from falcon_fast.data.sources.images import header, read_image, reason_of
+from falcon_fast.errors import UsageError
 
 COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decoded", "reason")
 
@@ -34,8 +35,11 @@ class Entry(NamedTuple):
 
 
 def manifest_path(root: Path) -> Path:
-    """Return where the manifest of a folder is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Return where the manifest of a folder is kept. Raises UsageError if this user has no home directory, and names no other."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and no entry in the list of users, as in some containers
+        raise UsageError("this user has no home directory: set XDG_CACHE_HOME to a folder for the cache") from None
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     return cache / "falcon_fast" / "manifests" / f"{name}.csv"
 
@@ -52,7 +56,7 @@ def read_manifest(root: Path) -> dict[str, Entry]:
                     entries[name] = Entry(*numbers, decoded == "1", reason)
                 except ValueError:  # the header row, or the last row of a verification that was killed
                     continue
-    except (OSError, csv.Error):
+    except (OSError, UsageError, csv.Error):
         return {}
     return entries
 
@@ -119,7 +123,7 @@ def scan(root: Path, places: Sequence[Path], paths: Sequence[Path]) -> tuple[lis
     here = {name for name in known if any((root / name).is_relative_to(place) for place in places)}
     differing = sum(known.get(name) != found.get(name) for name in here | found.keys())
     if differing:
-        with contextlib.suppress(OSError):  # the cache may be read-only now; the scan is valid all the same
+        with contextlib.suppress(OSError, UsageError):  # the cache may be read-only now; the scan is valid all the same
             write_manifest(root, {name: known[name] for name in known.keys() - here} | found)
     return entries, differing
 

@@ -1,13 +1,14 @@
 """What a checkpoint holds, and how it is found and read. It is data only: no code of a file is run.
 
 `checkpoints/step-00000600/` holds the tensors (network, optimiser, online probe, weight average, random state) as safetensors
-files with their `index.json` (storage.py), and `run.json`, the facts that must be the same when the run is resumed. A directory
-of that name is always complete, because it is written under another name and renamed (saver.py). Any number of processes can
-read it, each what it needs.
+files with their `index.json` (storage.py), and `run.json`: all settings of the run, and the facts that must be the same when it
+is resumed. A directory of that name is always complete, because it is written under another name and renamed (saver.py). Every
+file has a checksum (integrity.py). Any number of processes can read it, each what it needs.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +20,13 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from falcon_fast.errors import UsageError
+from falcon_fast.training.checkpoints.integrity import SEAL, check_files, check_seal
 from falcon_fast.training.checkpoints.storage import INDEX, Reader, TensorPlanner, read_json
 
-FORMAT = 2  # is raised when an older reader would misunderstand a checkpoint
+FORMAT = 3  # is raised when an older reader would misunderstand a checkpoint
+FIRST_SEALED = 3  # the first format with checksums
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 ALONE = ".*assuming the intent is to .* in a single process"  # DCP warns so when there is no process group
 
 
@@ -59,10 +63,16 @@ def _random_states(rank: int) -> dict[str, torch.Tensor]:
     return states
 
 
+def named(directory: Path) -> list[Path]:
+    """Return whatever has the name of a checkpoint in `directory`, oldest first."""
+    found = (path for path in directory.glob(f"{PREFIX}*") if NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
 def complete(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest first. Raises UsageError if all have the old, unsafe format."""
-    found = sorted(p for p in directory.glob(f"{PREFIX}*") if (p / INDEX).is_file() and (p / "run.json").is_file())
-    if not found and (old := sorted(p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file())):
+    found = [path for path in named(directory) if (path / INDEX).is_file() and (path / "run.json").is_file()]
+    if not found and (old := [path for path in named(directory) if (path / ".metadata").is_file()]):
         raise UsageError(
             f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
             "code when it is read, so it is not read: train again, or use the version that wrote it"
@@ -84,13 +94,35 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts: dict[str, Any] = read_json(path / "run.json")
         number = int(facts["format"])
         if number <= FORMAT:
+            if number >= FIRST_SEALED or SEAL in facts:
+                check_seal(facts)
             int(facts["step"]), float(facts["seconds"])  # a resumed run needs both
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if not isinstance(facts.get("changes", []), list):
+                raise ValueError("its changes are not a list")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"checkpoint {path} is damaged: run.json: {error}") from None
     if number > FORMAT:
         raise UsageError(
             f"checkpoint {path} has format {number}, but this version reads formats up to {FORMAT}: update falcon_fast"
         )
+    return facts
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint once, compare it with its checksum, and return the contents of run.json.
+
+    Checkpoints of format 2, which have no checksums, are taken as they are.
+
+    Raises:
+        UsageError: a file is missing or damaged, or the format is newer.
+    """
+    facts = read_facts(path)
+    if SEAL in facts:
+        try:
+            index = read_json(path / INDEX)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"checkpoint {path} is damaged: {INDEX}: {error}") from None
+        check_files(path, facts, index, INDEX)
     return facts
 
 

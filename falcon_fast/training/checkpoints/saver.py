@@ -7,7 +7,6 @@ all shares are written. So a directory with a final name is a complete checkpoin
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -27,7 +26,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.training.checkpoints.checkpoint import ALONE, FORMAT, PREFIX, complete
-from falcon_fast.training.checkpoints.storage import Writer
+from falcon_fast.training.checkpoints.integrity import sealed
+from falcon_fast.training.checkpoints.storage import INDEX, Writer
 from falcon_fast.training.distributed.processes import Processes
 
 SHARED_WITHIN = 60.0  # seconds: NFS may show a new file of another machine that late (acdirmax)
@@ -107,9 +107,9 @@ class Saver:
         self.wait()
         final = self._directory / f"{PREFIX}{step:08d}"
         temporary = self._partial(final)
-        text = json.dumps({"format": FORMAT, "step": step, **facts}, indent=1)
+        whole = {"format": FORMAT, "step": step, **facts}
         options: dict[str, Any] = {
-            "storage_writer": Writer(temporary, lambda: self._publish(temporary, final, text)),
+            "storage_writer": Writer(temporary, lambda: self._publish(temporary, final, whole)),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
@@ -131,10 +131,10 @@ class Saver:
     def _partial(self, final: Path) -> Path:
         return final.with_name(f".{final.name}.{self._token}.partial")
 
-    def _publish(self, temporary: Path, final: Path, text: str) -> None:
+    def _publish(self, temporary: Path, final: Path, facts: Mapping[str, Any]) -> None:
         """Complete a checkpoint, in process 0 when all shares are written: write run.json, rename, and remove the oldest ones."""
         with (temporary / "run.json").open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(sealed(facts, temporary / INDEX))
             file.flush()
             os.fsync(file.fileno())
         if final.exists():

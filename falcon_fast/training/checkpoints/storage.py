@@ -6,7 +6,8 @@ is a pickle, and its safetensors storage does not notice that one process's file
 files. Here a checkpoint directory holds
 
     shard-00000.safetensors    the parts that process 0 wrote, one file for each process that wrote any
-    index.json                 for each tensor its dtype, its shape, and in which file each part of it lies
+    index.json                 for each tensor its dtype, its shape, and in which file each part of it lies; for each file its
+                               length and its checksum
 
 A part has its tensor's name as its key, followed by its offsets ("name[3,0]") where it is not the whole tensor. No unpickler can
 be reached from here, no matter what the files contain: `Reader` shares no code with DCP's readers, and `TensorPlanner` refuses
@@ -40,6 +41,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from falcon_fast.training.checkpoints.integrity import checksum
+
 INDEX = "index.json"
 SHARD = "shard-{:05d}.safetensors"
 SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
@@ -67,6 +70,14 @@ class Part(NamedTuple):
     file: str
     key: str
     dtype: torch.dtype
+
+
+class Written(NamedTuple):
+    """A part that was written, with the length in bytes and the checksum of its file."""
+
+    part: Part
+    size: int
+    crc32: str
 
 
 def read_json(path: Path) -> Any:
@@ -111,7 +122,7 @@ class Writer(StorageWriter):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         name = str(plan.storage_data)
         tensors: dict[str, torch.Tensor] = {}
-        written: list[WriteResult] = []
+        written: list[tuple[MetadataIndex, int, Part]] = []
         memory: set[int] = set()
         for item in plan.items:
             tensor = planner.resolve_data(item)
@@ -123,17 +134,21 @@ class Writer(StorageWriter):
             memory.add(tensor.data_ptr())
             key = _key(item)
             tensors[key] = tensor
-            written.append(WriteResult(item.index, tensor.nbytes, Part(name, key, tensor.dtype)))
+            written.append((item.index, tensor.nbytes, Part(name, key, tensor.dtype)))
+        size, crc32 = 0, ""
         if tensors:
             path = self._temporary / name
             save_file(tensors, path)
+            size, crc32 = path.stat().st_size, checksum(path)  # read back from the page cache
             _synchronise(path)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(written)
+        future.set_result([WriteResult(index, count, Written(part, size, crc32)) for index, count, part in written])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        parts = {written.index: written.storage_data for share in results for written in share}
+        found = {result.index: result.storage_data for share in results for result in share}
+        parts = {index: written.part for index, written in found.items()}
+        files = {written.part.file: {"bytes": written.size, "crc32": written.crc32} for written in found.values()}
         index: dict[str, Any] = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)  # write_data refused everything else
@@ -151,7 +166,7 @@ class Writer(StorageWriter):
                 ],
             }
         path = self._temporary / INDEX
-        path.write_text(json.dumps({"tensors": index}), encoding="utf-8")
+        path.write_text(json.dumps({"files": files, "tensors": index}), encoding="utf-8")
         _synchronise(path)
         self._publish()
 

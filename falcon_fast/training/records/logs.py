@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 class RunLog:
     """A context in which process 0 writes RUN/metrics.csv and RUN/tensorboard. The other processes write nothing."""
 
-    def __init__(self, run: Run, directory: Path, start_step: int) -> None:
-        """Open the files in `directory`, and keep the rows up to `start_step`, the step of the resumed checkpoint."""
+    def __init__(
+        self, run: Run, directory: Path, start_step: int, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Open the files in `directory`, and keep the rows up to `start_step`, the step of the resumed checkpoint.
+
+        say: takes a line if metrics.csv was damaged.
+        """
+        self._run = run
         self._file: MetricsFile | None = None
         self._events: SummaryWriter | None = None
         if not run.processes.main:
             return
-        self._file = MetricsFile(directory / "metrics.csv", keep_until_step=start_step)
+        self._file = MetricsFile(directory / "metrics.csv", start_step, run.recorded, say)
+        run.recorded = self._file.state
         if run.config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -43,6 +50,7 @@ class RunLog:
         """Write a row to both, on disk at once. TensorBoard gets a scalar for each measured column except the step itself."""
         if self._file is not None:
             self._file.write(row)
+            self._run.recorded = self._file.state
         if self._events is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
@@ -125,4 +133,5 @@ def metrics_row(run: Run, step: int, metrics: StepMetrics, rate: Rate) -> dict[s
         "lr": rate.of(run.config.optimizer.lr),
         "grad_norm": None if metrics.grad_norm is None else float(metrics.grad_norm),
         "probe_train_accuracy": accuracy[0] if accuracy else None,
+        "changes": len(run.changes),
     }

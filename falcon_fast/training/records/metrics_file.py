@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import io
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from falcon_fast.training.records.mending import Kept, backup_of, fingerprint, kept_rows
 
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
 TIMINGS = ("images_per_second", "data_wait", "mfu", "threads", "seconds")
@@ -22,6 +26,7 @@ COLUMNS = (
     "test_codes_used",
     "probe_train_accuracy",
     "grad_norm",
+    "changes",
     *TIMINGS,
 )
 
@@ -38,6 +43,7 @@ class MetricsFile:
         probe_accuracy, nmi_codes, test_codes_used: online probe and clustering by codes on the test split, in evaluation mode.
         probe_train_accuracy: of the online probe on this batch, augmented.
         grad_norm: norm of the network's gradient, before clipping.
+        changes: settings that were changed on purpose when the run was resumed, so far; result.json lists them.
         images_per_second: since the row before.
         data_wait: share of the time since the row before that was spent waiting for data.
         mfu: FLOP of the model (hardware/flops.py) since the row before, divided by those that the devices could do according to
@@ -46,34 +52,58 @@ class MetricsFile:
         seconds: of training, from its beginning.
     """
 
-    def __init__(self, path: Path, keep_until_step: int = 0) -> None:
-        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint."""
-        kept = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_until_step]
+    def __init__(
+        self,
+        path: Path,
+        keep_until_step: int = 0,
+        recorded: object = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint.
+
+        recorded: what that checkpoint recorded of the file (`fingerprint`); None if nothing.
+        say: takes a line if the file was damaged. The damaged file is kept as metrics.csv.bak.
+        """
+        found = path.read_bytes() if path.exists() else b""
+        kept, problem = kept_rows(found, keep_until_step, recorded, COLUMNS) if keep_until_step else Kept([], None)
+        if problem and found:
+            backup = backup_of(path)
+            backup.write_bytes(found)
+            say(f"{path} {problem}; they are kept, and the file as it was found is {backup.name}")
+        elif problem:
+            say(f"{path} is missing: its rows up to step {keep_until_step} are lost")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        content = text.getvalue().encode()
         partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
+        partial.write_bytes(content)
         partial.replace(path)
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._file = path.open("ab")
+        self._state = fingerprint(content, len(kept))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The `fingerprint` of the file as it is now."""
+        return dict(self._state)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row, which is on disk when this returns. None and missing columns are empty."""
-        text = {k: "" if v is None else f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
-        self._writer.writerow(text)
+        values = {k: "" if v is None else f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, COLUMNS).writerow(values)
+        line = text.getvalue().encode()
+        self._file.write(line)
         self._file.flush()
+        self._state = {
+            "bytes": self._state["bytes"] + len(line),
+            "crc32": f"{zlib.crc32(line, int(self._state['crc32'], 16)):08x}",
+            "rows": self._state["rows"] + 1,
+        }
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-
-
-def _whole(row: Mapping[Any, Any]) -> bool:
-    """Whether a row has a value for each name of the header. The last row does not if the disk was full."""
-    return None not in row and None not in row.values() and row.get("step", "").isdecimal()

@@ -155,6 +155,7 @@ def test_every_metric_of_a_row_stands_in_its_column():
         "lr": pytest.approx(0.2),  # a quarter of the way from 0.1 to 0.5
         "grad_norm": 3.0,
         "probe_train_accuracy": 0.25,
+        "changes": 0,
     }
     assert set(row) <= set(COLUMNS)
 
