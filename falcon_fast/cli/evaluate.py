@@ -23,7 +23,9 @@ def evaluate(run: Path, data: str | None, device: str) -> None:
     from falcon_fast.evaluation.report import result_tables
     from falcon_fast.runs import results
     from falcon_fast.runs.directory import write_json
+    from falcon_fast.training.distributed import signals
 
+    signals.stop_line(lambda: f"stopped; {run / 'evaluation.json'} was not written: give the same command again")
     console = Console(highlight=False, markup=False)
     trained = results.load_trained(run, device)
     result = results.evaluate(trained, data, say=lambda line: console.print(line, soft_wrap=True))

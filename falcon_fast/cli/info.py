@@ -12,6 +12,7 @@ import torch
 
 from falcon_fast import __version__
 from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
+from falcon_fast.data.loaders.shared_memory import described
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.precision import choose_precision
 from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_extension, why_no_triton
@@ -31,6 +32,7 @@ def report() -> Iterator[str]:
     yield f"falcon_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     yield f"CPU: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
+    yield described()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)

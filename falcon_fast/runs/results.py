@@ -16,10 +16,11 @@ from falcon_fast.config import Config, load_config
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
+from falcon_fast.hardware.files import written_whole
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.runs.directory import write_json
@@ -119,22 +120,29 @@ def finish(
 
     Returns:
         The figures that result.json holds.
+
+    Raises:
+        WriteError: result.json or backbone.safetensors cannot be written. (Without a picture the run is finished, too.)
     """
     from safetensors.torch import save_file
 
     result = evaluate_network(run.config, network, run.codes, run.source, run.device, run.workers, say)
     images = run.total_steps * run.config.training.batch_size
     result |= {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
-    plot_curves(directory / "metrics.csv", directory / "curves.png")
+    try:
+        plot_curves(directory / "metrics.csv", directory / "curves.png")
+    except WriteError as error:  # the picture can be drawn again, and the figures matter more
+        say(f"no picture of the curves: {error}")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
-    partial = directory / ".backbone.safetensors.partial"
     metadata = {
         "model": run.config.model.name,
         "image_size": str(run.source.size),
         "mean": json.dumps(run.source.mean),
         "std": json.dumps(run.source.std),
     }
-    save_file(weights, partial, metadata=metadata)
-    partial.replace(directory / "backbone.safetensors")
+    with written_whole(
+        directory / "backbone.safetensors", sum(tensor.nbytes for tensor in weights.values())
+    ) as partial:
+        save_file(weights, partial, metadata=metadata)
     write_json(directory / "result.json", result)  # written last, because a run with a result.json is a finished run
     return result

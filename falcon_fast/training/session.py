@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.errors import RunStopped, TrainingError
+from falcon_fast.data.loaders.signals import lost_workers
+from falcon_fast.errors import RunStopped, TrainingError, WriteError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.models.network import FalconNetwork
@@ -51,7 +52,7 @@ class Session:
         self._run, self._processes, self._checkpoints = run, run.processes, directory / "checkpoints"
         photometric = photometric_of(run, self._say)
         self._quarantine = quarantine_of(run, self._say, directory / "quarantine.csv")
-        self._log = RunLog(run, directory, start_step)
+        self._log = RunLog(run, directory, start_step, self._say)
         if start_step == 0:
             seed_process(run, 0)
         self._saver = Saver(self._checkpoints, config.checkpoint.keep, config.checkpoint.asynchronous, run.processes)
@@ -65,12 +66,15 @@ class Session:
         self._throughput = Throughput(run, self._say)
         self._started, self._seconds_before = time.monotonic(), seconds_before
         self._agreed = StopAgreement(run.processes)
+        self._stop_requested: Callable[[], bool] = lambda: False
         self._display = TrainingDisplay(console, self.schedule.total_steps, start_step)
 
     def __enter__(self) -> Session:
         with ExitStack() as opening:  # closes what is open already if something cannot be opened
             enter = opening.enter_context
-            enter(compiler_failures())
+            enter(compiler_failures(lambda: self._stop_requested()))
+            enter(lost_workers(self._kept))
+            enter(write_errors(lambda: f"training stopped; {self._kept()}"))
             enter(out_of_memory(self._run, self._kept))
             enter(self._run.precision.switches())
             enter(lost_peers(self._processes, self._kept))
@@ -164,11 +168,19 @@ class Session:
             )
 
     def _kept(self) -> str:
-        found = checkpoint.complete(self._checkpoints)
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
+        return checkpoint.kept(self._checkpoints)
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def write_errors(kept: Callable[[], str]) -> Iterator[None]:
+    """Add to a WriteError what `kept()` returns: what is saved, and how to go on."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}; {kept()}", everywhere=error.everywhere) from None
 
 
 def measure_on_test_split(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:

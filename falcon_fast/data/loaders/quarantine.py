@@ -18,6 +18,7 @@ import numpy as np
 from falcon_fast.data.sources.images import ImageFiles, Images, reason_of, shown
 from falcon_fast.data.views.sampling import BatchPlan, Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.hardware.files import Appended
 
 COLUMNS = ("image", "file", "reason")
 T = TypeVar("T")
@@ -111,11 +112,10 @@ class Quarantine:
         if self.path is None:
             return
         new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+        with Appended(self.path) as file:
             if new:
-                writer.writerow(COLUMNS)
-            writer.writerow((index, shown(name), reason))
+                file.write(COLUMNS)
+            file.write((index, shown(name), reason))
 
 
 class Share(NamedTuple, Generic[T]):

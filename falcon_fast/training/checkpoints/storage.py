@@ -40,6 +40,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from falcon_fast.hardware.files import synchronise, writing
+
 INDEX = "index.json"
 SHARD = "shard-{:05d}.safetensors"
 SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
@@ -95,7 +97,10 @@ class Writer(StorageWriter):
         pass
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        self._temporary.mkdir(parents=True, exist_ok=True)
+        with writing(
+            self._temporary
+        ):  # no parents: where the run directory is gone, a checkpoint alone would be of no use
+            self._temporary.mkdir(exist_ok=True)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -126,8 +131,9 @@ class Writer(StorageWriter):
             written.append(WriteResult(item.index, tensor.nbytes, Part(name, key, tensor.dtype)))
         if tensors:
             path = self._temporary / name
-            save_file(tensors, path)
-            _synchronise(path)
+            with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
+                save_file(tensors, path)
+                synchronise(path)
         future: Future[list[WriteResult]] = Future()
         future.set_result(written)
         return future
@@ -150,9 +156,10 @@ class Writer(StorageWriter):
                     for chunk in entry.chunks
                 ],
             }
-        path = self._temporary / INDEX
-        path.write_text(json.dumps({"tensors": index}), encoding="utf-8")
-        _synchronise(path)
+        path, text = self._temporary / INDEX, json.dumps({"tensors": index})
+        with writing(path, len(text)):
+            path.write_text(text, encoding="utf-8")
+            synchronise(path)
         self._publish()
 
     @classmethod
@@ -169,12 +176,6 @@ def _key(item: WriteItem) -> str:
     if chunk.sizes == item.tensor_data.size:
         return item.index.fqn
     return f"{item.index.fqn}[{','.join(map(str, chunk.offsets))}]"
-
-
-def _synchronise(path: Path) -> None:
-    """Wait until a file is on the disk: its directory is renamed into place afterwards."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 class Reader(StorageReader):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from falcon_fast.hardware.files import Appended, written_whole
+
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
 TIMINGS = ("images_per_second", "data_wait", "mfu", "seconds")
 COLUMNS = (
@@ -46,25 +48,31 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, keep_until_step: int = 0) -> None:
-        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint."""
+        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
         kept = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 kept = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_until_step]
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(kept)
-        partial.replace(path)
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._file = Appended(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row, which is on disk when this returns. None and missing columns are empty."""
-        text = {k: "" if v is None else f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
-        self._writer.writerow(text)
-        self._file.flush()
+        """Append a row, which is on disk when this returns. None and missing columns are empty.
+
+        Raises:
+            WriteError: the row cannot be written, and then no part of it stays; or the file was removed or renamed.
+        """
+        if unknown := row.keys() - set(COLUMNS):
+            raise ValueError(f"metrics.csv has no column {', '.join(sorted(unknown))}")
+        values = (row.get(column) for column in COLUMNS)
+        self._file.write("" if v is None else f"{v:.9g}" if isinstance(v, float) else v for v in values)
 
     def __enter__(self) -> MetricsFile:
         return self
