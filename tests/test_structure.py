@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 
 # What each room may import, besides itself. `__init__` holds the public names; `__main__` is the command.
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "files"}
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "errors": set(),
+    "files": {"errors"},
     "recipes": set(),
     "objective": {"kernels"},
     "config": {"errors", "kernels", "objective"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from falcon_fast.errors import UsageError, WriteError
-from falcon_fast.hardware.files import written_whole
+from falcon_fast.files import written_whole
 from falcon_fast.training.distributed.signals import stop_line
 
 

@@ -19,7 +19,7 @@ from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.data.views.photometric import augment
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
-from falcon_fast.hardware.files import writing, written_whole
+from falcon_fast.files import writing, written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_fast.hardware.files import written_whole
+from falcon_fast.files import written_whole
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from falcon_fast.errors import UsageError
+from falcon_fast.files import written_whole
 from falcon_fast.hardware import peaks
 from falcon_fast.hardware.devices import cpu_name
-from falcon_fast.hardware.files import written_whole
 from falcon_fast.hardware.flops import StepFlops, step_flops
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import build_network

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from falcon_fast.config import Config, dump_config, load_config
 from falcon_fast.errors import UsageError
-from falcon_fast.hardware.files import written_whole
+from falcon_fast.files import written_whole
 from falcon_fast.runs.lock import NAME as LOCK
 from falcon_fast.runs.lock import RunLock
 from falcon_fast.training.checkpoints import checkpoint

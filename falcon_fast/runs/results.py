@@ -19,8 +19,8 @@ from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.report import plot_curves
+from falcon_fast.files import written_whole
 from falcon_fast.hardware.devices import find_device
-from falcon_fast.hardware.files import written_whole
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
 from falcon_fast.runs.directory import write_json

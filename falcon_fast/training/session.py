@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from falcon_fast.data.loaders.signals import lost_workers
+from falcon_fast.data.sources.changes import Changes
 from falcon_fast.errors import RunStopped, TrainingError, WriteError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
@@ -52,6 +53,7 @@ class Session:
         self._run, self._processes, self._checkpoints = run, run.processes, directory / "checkpoints"
         photometric = photometric_of(run, self._say)
         self._quarantine = quarantine_of(run, self._say, directory / "quarantine.csv")
+        self._test_changes = Changes(run.source.test.images, self._say)
         self._log = RunLog(run, directory, start_step, self._say)
         if start_step == 0:
             seed_process(run, 0)
@@ -128,7 +130,9 @@ class Session:
             run.average_buffers()
             with run.averaged():
                 network, probe = run.whole()
-                row |= measure_on_test_split(run, network, probe) if self._processes.main else {}
+                if self._processes.main:
+                    row |= measure_on_test_split(run, network, probe)
+                    self._test_changes.look()
         self._log.write(row)
         if self._processes.main:
             self._display.show(row, run.config.training.epochs)
@@ -156,8 +160,11 @@ class Session:
         raise RunStopped(everywhere=True)
 
     def finish(self) -> None:
-        """Wait for the question about stopping that is still on its way: the loop is over."""
+        """Wait for the question about stopping that is still on its way, and count the files that changed: the loop is over."""
         self._agreed.finish()
+        for changes in (self._quarantine.changes, self._test_changes):
+            if line := changes.summary():
+                self._say(line)
 
     def _check_finite(self) -> None:
         if (bad := int(self._processes.least(self._first_bad))) < NEVER:

@@ -19,6 +19,7 @@ from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.loaders.shared_memory import advice, handed_over, received
 from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
+from falcon_fast.data.sources.changes import changes_of
 from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.augmentation import Augmentation
@@ -48,6 +49,7 @@ class _LoadedBatch(NamedTuple):
     parameters: PhotometricParameters
     indices: np.ndarray
     found: dict[int, str]  # bad images that were not known before, number -> reason
+    changed: dict[int, str]  # images whose files have changed since the run began, number -> change
 
 
 class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
@@ -67,7 +69,8 @@ class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
             return share
         make = _cropped if self.clock.augmentation.crop is not None else _warped
         views = handed_over(make(share.images, plan, self.clock, self.size))
-        return _LoadedBatch(views, plan.photometric, share.indices, share.found)
+        changed = changes_of(self.images, share.indices)
+        return _LoadedBatch(views, plan.photometric, share.indices, share.found, changed)
 
 
 def _cropped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
@@ -142,6 +145,7 @@ def training_batches(
         for index, reason in (item if isinstance(item, dict) else item.found).items():
             quarantine.add(index, reason)
         assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
+        quarantine.changes.add(item.changed)
         if isinstance(item.views, np.ndarray) and not told:
             told = True
             quarantine.say(

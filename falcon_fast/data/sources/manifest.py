@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from falcon_fast.data.sources.images import header, read_image, reason_of
-from falcon_fast.hardware.files import Appended, writing, written_whole
+from falcon_fast.files import Appended, writing, written_whole
 
 COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decoded", "reason")
 

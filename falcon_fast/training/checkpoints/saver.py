@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from falcon_fast.errors import TrainingError, UsageError, WriteError
-from falcon_fast.hardware.files import synchronise, writing
+from falcon_fast.files import synchronise, writing
 from falcon_fast.training.checkpoints.checkpoint import ALONE, FORMAT, PREFIX, complete
 from falcon_fast.training.checkpoints.storage import Writer
 from falcon_fast.training.distributed.processes import Processes

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from falcon_fast.hardware.files import synchronise, writing
+from falcon_fast.files import synchronise, writing
 
 INDEX = "index.json"
 SHARD = "shard-{:05d}.safetensors"

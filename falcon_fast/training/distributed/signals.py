@@ -44,7 +44,7 @@ class _Command:
 
     def __init__(self) -> None:
         self.installed = self.requested = self.together = self.noting = self.over = self._said = False
-        self.line: Callable[[], str] = lambda: "stopped"
+        self.line: Callable[[], str] = lambda: "stopped; nothing was written"
 
     def end(self, number: int, frame: object) -> None:
         """Handle a signal outside of training. A second SIGINT does not wait for anything to be closed."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from falcon_fast.hardware.files import why_not_written
+from falcon_fast.files import why_not_written
 from falcon_fast.hardware.flops import step_flops
 from falcon_fast.hardware.peaks import known_rate
 from falcon_fast.models.network import build_network

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from falcon_fast.hardware.files import Appended, written_whole
+from falcon_fast.files import Appended, written_whole
 
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
 TIMINGS = ("images_per_second", "data_wait", "mfu", "seconds")

@@ -51,11 +51,18 @@ def why_not_written(path: Path, error: BaseException, need: int | None = None) -
     what = os.strerror(number) if number else str(error).strip() or type(error).__name__
     if number in (errno.ENOSPC, errno.EDQUOT):
         free = free_bytes(path)
-        sizes = [] if need is None else [f"it needs {need / 2**20:,.1f} MiB"]
-        sizes += [] if free is None else [f"{free / 2**20:,.1f} MiB are free"]
+        if free is not None:
+            with suppress(OSError):  # what was written of it is removed
+                free += path.stat().st_blocks * 512
+        sizes = [] if need is None else [f"it needs {_mebibytes(need)}"]
+        sizes += [] if free is None else [f"{_mebibytes(free)} are free"]
         what += f" ({', '.join(sizes)})" if sizes else ""
     remedy = REASONS.get(number or 0)
     return f"{path} cannot be written: {what}" + (f"; {remedy}" if remedy else "")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**27 else f"{size / 2**10:,.1f} KiB"
 
 
 @contextmanager
