@@ -176,6 +176,8 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "test_structure.py": "this file",
         "test_package.py": "importing the package is light",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
+        "runs/test_stops.py": "stops at any moment, in every way",
+        "runs/test_full_disk.py": "a disk that takes no more at any write",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",
     }
     known = {

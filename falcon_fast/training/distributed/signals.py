@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ from contextlib import contextmanager, suppress
 REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 EXIT_CODE = 130
 GRACE = 10.0  # seconds; batch systems and torchrun send SIGKILL 30 s after SIGTERM
+
+
+AGAIN = 0.5  # seconds
 
 
 class Stop(BaseException):
@@ -51,7 +55,7 @@ class _Command:
         first, self.requested = not self.requested, True
         if not first and number == signal.SIGINT:
             self.exit()
-        if first and not self.together:
+        if not self.together and not _stopping():
             raise Stop
 
     def say(self) -> None:
@@ -76,6 +80,9 @@ class _Command:
     def watch(self, reader: int) -> None:
         """End the process GRACE seconds after a signal that ends it, unless training has begun meanwhile. Runs in a thread.
 
+        Until then it sends SIGTERM every AGAIN seconds: Python drops an exception that is raised inside a destructor (of a
+        DataLoader, for example), and the command would go on.
+
         reader: the end of a pipe that yields the numbers of the signals that come, and 0 when there is nothing more to watch.
         """
         end: float | None = None
@@ -92,7 +99,19 @@ class _Command:
             elif time.monotonic() > end:
                 self.exit()
             else:
-                time.sleep(0.1)
+                time.sleep(AGAIN)
+                if not self.together and signal.getsignal(signal.SIGTERM) == self.end:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stopping() -> bool:
+    """Whether the main thread closes what is open already, because of a `Stop`."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, Stop):
+            return True
+        error = error.__context__
+    return False
 
 
 _command = _Command()
