@@ -16,9 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file
 
 from falcon_fast.training.checkpoints import checkpoint
@@ -46,18 +44,6 @@ SETTINGS = {
 }
 TINY = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
 STEPS = 16
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 noisy PNG images in two class folders, of which 4 are held out."""
-    random_state, root = np.random.RandomState(0), tmp_path_factory.mktemp("stops") / "images"
-    for name, level in (("dark", 60), ("light", 190)):
-        (root / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = np.clip(random_state.normal(level, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
