@@ -301,8 +301,11 @@ def test_the_slurm_script_saves_is_queued_again_and_continues(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "restarts", "queued"),
-    [(0, 0, False), (1, 0, False), (2, 0, False), (74, 0, False), (75, 0, True), (75, 19, True), (75, 20, False)]
-    + [(130, 500, True), (137, 3, True), (137, 20, False)],
+    [
+        *((code, 0, False) for code in (0, 1, 2, 74)),
+        *((code, restarts, restarts < 20) for code in (75, 137) for restarts in (0, 19, 20)),
+        (130, 500, True),
+    ],
 )
 def test_the_slurm_script_queues_a_job_again_by_its_exit_code(tmp_path, code, restarts, queued):
     for name, text in (
