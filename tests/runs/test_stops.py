@@ -174,6 +174,29 @@ def test_a_run_whose_directory_is_taken_away_ends_with_a_line(host, images, tmp_
     assert ended(host, [process], log) == [130]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_after_a_minute_without_time(host, images, tmp_path):
+    """SIGSTOP for a minute to one of two processes, to the data worker of another run, and to a third run as a whole."""
+    workers = ("--loader", "workers", "--set", "data.workers=1", "--set", "training.timeout=600")
+    runs = {name: (tmp_path / name, tmp_path / f"log-{name}") for name in ("two", "worker", "whole")}
+    processes = {name: launch(host, 1 + (name == "two"), images, *runs[name], *workers) for name in runs}
+    paused = {}
+    for name, (run, _) in runs.items():
+        wait_for(run / "metrics.csv", "\n3,", processes[name])
+        paused[name] = children(processes[name][0])[:1] if name == "worker" else processes[name][-1:]
+        for each in paused[name]:
+            os.kill(each, signal.SIGSTOP)
+    assert all(paused.values()), "a run was over before it could be stopped"
+    time.sleep(60)
+    for name, (run, _) in runs.items():
+        assert not (run / "result.json").exists(), f"{name} was not stopped"
+        for each in paused[name]:
+            os.kill(each, signal.SIGCONT)
+    for name, (_, log) in runs.items():
+        assert ended(host, processes[name], log) == [0] * len(processes[name]), log.read_text()
+    assert figures(runs["worker"][0]) == figures(runs["whole"][0])
+
+
 # ---- a hundred, behind `slow` ----
 
 STOPS = 100
