@@ -81,9 +81,9 @@ class Session:
             enter(self._run.precision.switches())
             enter(lost_peers(self._processes, self._kept))
             enter(closing(self._inputs))
-            enter(self._saver)
-            enter(self._log)
             self._stop_requested = enter(stop_requests(STOPPING if self._processes.main else ""))
+            enter(self._saver)  # a signal during its last checkpoint waits until that is written
+            enter(self._log)
             enter(self._display)
             self._open = opening.pop_all()
         return self

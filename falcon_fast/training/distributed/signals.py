@@ -185,7 +185,7 @@ def stop_requests(line: str = "") -> Iterator[Callable[[], bool]]:
 
     After the first signal, SIGINT acts at once again. SIGTERM and SIGUSR1 stay requests, because they may come repeatedly: a
     batch system signals a process directly and through torchrun, and again when its patience ends, while the state is being
-    saved.
+    saved. A request that came too late for training, in its last step, ends the command when the context ends.
 
     line: is printed to stderr as soon as the first signal comes, because a step may take long (the first step of a compiled
         network takes a minute).
@@ -211,9 +211,15 @@ def stop_requests(line: str = "") -> Iterator[Callable[[], bool]]:
     if _command.requested:  # between the last exchange and here
         _command.requested = False
         request(signal.SIGTERM, None)
+    completed = False
     try:
         yield lambda: requested
+        completed = True
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
         _command.noting, _command.together = noting, together
+        if (
+            completed and requested and _command.installed
+        ):  # too late for this context: it is for what comes after training
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -41,14 +41,27 @@ def test_a_command_is_ended_by_a_signal_and_training_by_a_second_ctrl_c(capfd):
             os.kill(os.getpid(), signal.SIGTERM)
         signals.say_stopped(), signals.say_stopped()
         assert capfd.readouterr().err == "all is kept\n"
-    with signals.immediate_stops(), signals.stop_requests() as requested:
+    with signals.immediate_stops(), pytest.raises(signals.Stop), signals.stop_requests() as requested:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         assert requested()
-        with pytest.raises(signals.Stop):
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in signals.REQUESTS] == handlers
     assert not [t for t in threading.enumerate() if t.name == "falcon-fast-signals" and t.is_alive() and not t.daemon]
+
+
+def test_a_request_that_training_did_not_act_upon_ends_the_command():
+    """A signal in the last step, after which training does not ask any more: the evaluation must not begin."""
+    reached = []
+    with signals.immediate_stops(), pytest.raises(signals.Stop):
+        with signals.stop_requests():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("the end of training")
+        reached.append("the evaluation")
+    assert reached == ["the end of training"]
+    with signals.immediate_stops(), pytest.raises(ZeroDivisionError), signals.stop_requests():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ZeroDivisionError
 
 
 def test_with_other_processes_a_signal_waits_for_the_next_exchange():
