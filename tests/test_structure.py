@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 
 # What each room may import, besides itself. `__init__` holds the public names; `__main__` is the command.
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "files"}
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "errors": set(),
+    "files": {"errors"},
     "recipes": set(),
     "objective": {"kernels"},
     "config": {"errors", "kernels", "objective"},
@@ -177,6 +178,8 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "runs/test_every_setting.py": "every value of every setting runs or is refused in one line",
         "cli/test_bad_command_lines.py": "what cannot work, of every command",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
+        "runs/test_stops.py": "stops at any moment, in every way",
+        "runs/test_full_disk.py": "a disk that takes no more at any write",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",
     }
     known = {

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import click
 
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import UsageError, WriteError
+from falcon_fast.files import written_whole
+from falcon_fast.training.distributed.signals import stop_line
 
 
 @click.group(short_help="Verify, pack and preview images.")
@@ -61,6 +63,7 @@ def verify(path: Path) -> None:
     """
     from falcon_fast.data.sources import manifest
 
+    stop_line(lambda: "stopped; what was verified is kept: the same command continues there")
     root, paths = _folder(path)
     with _progress(len(paths), "verifying") as done:
         bad = manifest.verify(root, paths, _print_bad, done)
@@ -88,6 +91,7 @@ def pack(path: Path, out: Path, short_side: int, quality: int) -> None:
     """
     from falcon_fast.data import tools
 
+    stop_line(lambda: "stopped; the images that were packed are whole: the same command continues there")
     root, paths = _folder(path)
     with _progress(len(paths), "packing") as done:
         bad = tools.pack(root, out, paths, short_side, quality, _print_bad, done)
@@ -122,6 +126,7 @@ def preview(path: str | None, output: Path, recipe: str | None, seed: int, loade
     from falcon_fast import config as configuration
     from falcon_fast.data import tools
 
+    stop_line(lambda: f"stopped; {output} was not written")
     config = configuration.load_recipe(recipe or ("folder" if path else "digits"))
     changes = {"data.loader": loader, "data.size": size, "training.seed": seed}
     if path:
@@ -130,7 +135,8 @@ def preview(path: str | None, output: Path, recipe: str | None, seed: int, loade
         raise UsageError(f"-o {output}: give a name that ends in .png")
     sheet, shown = tools.preview(configuration.validate(configuration.override(config, changes)), count)
     try:
-        sheet.save(output, "PNG")
-    except OSError as error:
-        raise UsageError(f"-o {output}: {error.strerror or error}") from None
+        with written_whole(output) as partial:
+            sheet.save(partial, "PNG")
+    except WriteError as error:
+        raise UsageError(f"-o {error}") from None
     click.echo(f"{output}: {shown} images, original and two views each")

@@ -31,7 +31,9 @@ def evaluate(run: Path, data: str | None, device: str, protocol: str) -> None:
     from falcon_fast.hardware.threads import following_load
     from falcon_fast.runs import results
     from falcon_fast.runs.directory import write_json
+    from falcon_fast.training.distributed import signals
 
+    signals.stop_line(lambda: f"stopped; {run / 'evaluation.json'} was not written: give the same command again")
     console = Console(highlight=False, markup=False)
 
     def say(line: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from falcon_fast import __version__
 from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
+from falcon_fast.data.loaders.shared_memory import described
 from falcon_fast.hardware.cuda import installed, mismatches
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.precision import choose_precision
@@ -34,6 +35,7 @@ def report() -> Iterator[str]:
     dali = found.dali or ("nvidia-dali",)
     yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in (*PACKAGES, *dali))
     yield f"CPU: {cpu_name()}, {usable_processors():.3g} processors usable, {torch.get_num_threads()} torch threads"
+    yield described()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)

@@ -12,6 +12,7 @@ import click
 from falcon_fast.cli.options import configured, overrides_of, training_options
 from falcon_fast.config import Config
 from falcon_fast.errors import UsageError
+from falcon_fast.training.distributed.signals import stop_line
 
 
 @click.command(short_help="Time the steps of a run, or predict their time.")
@@ -59,6 +60,7 @@ def profile(
     for option, number in (("--steps", steps), ("--gpus", gpus)):
         if number is not None and number < 1:
             raise UsageError(f"{option} must be at least 1, not {number}")
+    stop_line(lambda: "stopped; nothing is kept of a profile")
     config = configured(recipe, overrides_of(options, settings))
     if predict is None:
         _measure(config, steps, as_json, trace)

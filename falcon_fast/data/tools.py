@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.data.views.photometric import augment
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.files import writing, written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,7 +72,7 @@ def pack(
 
     Raises:
         UsageError: `out` is `root` or inside it, or cannot be created.
-        OSError: a file cannot be written.
+        WriteError: a file cannot be written.
     """
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{shown(out)} lies inside {shown(root)}: pack into a folder outside of it")
@@ -92,13 +92,10 @@ def pack(
             return path, reason_of(error)
         if max(image.size) > JPEG_SIDE:
             return path, f"{image.width} x {image.height} pixels do not fit into a JPEG"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(target, synchronised=False) as partial:
             image.save(partial, "JPEG", quality=quality)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
         return path, ""
 
     count = 0

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_fast.files import written_whole
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -74,7 +76,11 @@ def _figure(value: float | None) -> str:
 
 
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
-    """Draw a run's curves from its metrics.csv into one PNG: loss and its terms, codes in use, probe and NMI, against epochs."""
+    """Draw a run's curves from its metrics.csv into one PNG: loss and its terms, codes in use, probe and NMI, against epochs.
+
+    Raises:
+        WriteError: the picture cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -107,6 +113,5 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
         quality.set_ylim(0, 1)
     else:
         quality.text(0.5, 0.5, "no labels", ha="center", transform=quality.transAxes)
-    partial = picture.with_name(f".{picture.name}.partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(picture)
+    with written_whole(picture) as partial:
+        figure.savefig(partial, dpi=110, format="png")

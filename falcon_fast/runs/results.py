@@ -15,10 +15,11 @@ from falcon_fast.config import Config, load_config, nearest
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.evaluation.protocol import evaluate_network
 from falcon_fast.evaluation.published import check_published, published_nmi
 from falcon_fast.evaluation.report import plot_curves
+from falcon_fast.files import written_whole
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.exported import TrainedBackbone, backbone_metadata, load_backbone
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
@@ -150,6 +151,9 @@ def finish(
 
     Returns:
         The figures that result.json holds.
+
+    Raises:
+        WriteError: result.json or backbone.safetensors cannot be written. (Without a picture the run is finished, too.)
     """
     from safetensors.torch import save_file
 
@@ -158,12 +162,15 @@ def finish(
     result |= {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
     if run.changes:
         result["changes"] = run.changes
-    plot_curves(directory / "metrics.csv", directory / "curves.png")
+    try:
+        plot_curves(directory / "metrics.csv", directory / "curves.png")
+    except WriteError as error:  # the picture can be drawn again, and the figures matter more
+        say(f"no picture of the curves: {error}")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
-    partial = directory / ".backbone.safetensors.partial"
     source = run.source
     metadata = backbone_metadata(run.config.model, network.backbone, source.size, source.mean, source.std)
-    save_file(weights, partial, metadata=metadata)
-    partial.replace(directory / "backbone.safetensors")
+    size = sum(tensor.nbytes for tensor in weights.values())
+    with written_whole(directory / "backbone.safetensors", size) as partial:
+        save_file(weights, partial, metadata=metadata)
     write_json(directory / "result.json", result)  # written last, because a run with a result.json is a finished run
     return result

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from falcon_fast.errors import RunStopped, TrainingError
+from falcon_fast.data.loaders.signals import lost_workers
+from falcon_fast.data.sources.changes import Changes
+from falcon_fast.errors import RunStopped, TrainingError, WriteError
 from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.hardware.threads import check_threads
@@ -52,6 +54,7 @@ class Session:
         self._run, self._processes, self._checkpoints = run, run.processes, directory / "checkpoints"
         photometric = photometric_of(run, self._say)
         self._quarantine = quarantine_of(run, self._say, directory / "quarantine.csv")
+        self._test_changes = Changes(run.source.test.images, self._say)
         self._log = RunLog(run, directory, start_step, self._say)
         if start_step == 0:
             seed_process(run, 0)
@@ -66,19 +69,22 @@ class Session:
         self._throughput = Throughput(run, self._say)
         self._started, self._seconds_before = time.monotonic(), seconds_before
         self._agreed = StopAgreement(run.processes)
+        self._stop_requested: Callable[[], bool] = lambda: False
         self._display = TrainingDisplay(console, self.schedule.total_steps, start_step)
 
     def __enter__(self) -> Session:
         with ExitStack() as opening:  # closes what is open already if something cannot be opened
             enter = opening.enter_context
-            enter(compiler_failures())
+            enter(compiler_failures(lambda: self._stop_requested()))
+            enter(lost_workers(self._kept))
+            enter(write_errors(lambda: f"training stopped; {self._kept()}"))
             enter(out_of_memory(self._run, self._kept))
             enter(self._run.precision.switches())
             enter(lost_peers(self._processes, self._kept))
             enter(closing(self._inputs))
-            enter(self._saver)
-            enter(self._log)
             self._stop_requested = enter(stop_requests(STOPPING if self._processes.main else ""))
+            enter(self._saver)  # a signal during its last checkpoint waits until that is written
+            enter(self._log)
             enter(self._display)
             self._open = opening.pop_all()
         return self
@@ -126,7 +132,9 @@ class Session:
             run.average_buffers()
             with run.averaged():
                 network, probe = run.whole()
-                row |= measure_on_test_split(run, network, probe) if self._processes.main else {}
+                if self._processes.main:
+                    row |= measure_on_test_split(run, network, probe)
+                    self._test_changes.look()
         self._log.write(row)
         if self._processes.main:
             self._display.show(row, run.config.training.epochs)
@@ -154,8 +162,11 @@ class Session:
         raise RunStopped(everywhere=True)
 
     def finish(self) -> None:
-        """Wait for the question about stopping that is still on its way: the loop is over."""
+        """Wait for the question about stopping that is still on its way, and count the files that changed: the loop is over."""
         self._agreed.finish()
+        for changes in (self._quarantine.changes, self._test_changes):
+            if line := changes.summary():
+                self._say(line)
 
     def _check_finite(self) -> None:
         if (bad := int(self._processes.least(self._first_bad))) < NEVER:
@@ -166,11 +177,19 @@ class Session:
             )
 
     def _kept(self) -> str:
-        found = checkpoint.complete(self._checkpoints)
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
+        return checkpoint.kept(self._checkpoints)
 
     def _say(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def write_errors(kept: Callable[[], str]) -> Iterator[None]:
+    """Add to a WriteError what `kept()` returns: what is saved, and how to go on."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}; {kept()}", everywhere=error.everywhere) from None
 
 
 def measure_on_test_split(run: Run, network: FalconNetwork, probe: nn.Linear | None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_what_no_jpeg_holds_is_named_and_nothing_half_written_stays(tmp_path: Pa
 
     monkeypatch.setattr(Image.Image, "save", full)
     code, lines, err = data("pack", tmp_path / "in", tmp_path / "full")
-    assert code == 1 and "No space left" in err and not list((tmp_path / "full").iterdir())
+    assert code == 74 and "No space left" in err and not list((tmp_path / "full").iterdir())
 
 
 @pytest.mark.parametrize("loader", ["workers", DALI, "resident"])

@@ -15,9 +15,11 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from falcon_fast.data.sources.changes import Changes
 from falcon_fast.data.sources.images import ImageFiles, Images, reason_of, shown
 from falcon_fast.data.views.sampling import BatchPlan, Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.files import Appended
 
 COLUMNS = ("image", "file", "reason")
 T = TypeVar("T")
@@ -49,6 +51,7 @@ class Quarantine:
     ) -> None:
         self.images, self.max_fraction, self.path, self.say = images, max_fraction, path, say
         self.left_out = left_out
+        self.changes = Changes(images, say)
         self.bad: dict[int, str] = {}
         listed = path is not None and path.exists()
         if path is not None and listed:
@@ -111,11 +114,10 @@ class Quarantine:
         if self.path is None:
             return
         new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+        with Appended(self.path) as file:
             if new:
-                writer.writerow(COLUMNS)
-            writer.writerow((index, shown(name), reason))
+                file.write(COLUMNS)
+            file.write((index, shown(name), reason))
 
 
 class Share(NamedTuple, Generic[T]):

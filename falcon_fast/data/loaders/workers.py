@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
-from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
+from falcon_fast.data.loaders.shared_memory import advice, handed_over, received
+from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
+from falcon_fast.data.sources.changes import changes_of
 from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.augmentation import Augmentation
@@ -44,10 +46,11 @@ def auto_workers(augmentation: Augmentation) -> int:
 class _LoadedBatch(NamedTuple):
     """One batch as a worker process hands it over: decoded and cropped, on the host."""
 
-    views: torch.Tensor  # uint8 (2 B, S, S, 3)
+    views: torch.Tensor | np.ndarray  # uint8 (2 B, S, S, 3)
     parameters: PhotometricParameters
     indices: np.ndarray
     found: dict[int, str]  # bad images that were not known before, number -> reason
+    changed: dict[int, str]  # images whose files have changed since the run began, number -> change
 
 
 class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
@@ -66,9 +69,9 @@ class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
         if isinstance(share, dict):
             return share
         make = _cropped if self.clock.augmentation.crop is not None else _warped
-        return _LoadedBatch(
-            make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.found
-        )
+        views = handed_over(make(share.images, plan, self.clock, self.size))
+        changed = changes_of(self.images, share.indices)
+        return _LoadedBatch(views, plan.photometric, share.indices, share.found, changed)
 
 
 def _cropped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
@@ -136,13 +139,22 @@ def training_batches(
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if count else None,
     )
-    for step, item in zip(steps, loader, strict=True):
+    with hold_signals():
+        batches = iter(loader)
+    told = False
+    for step, item in zip(steps, batches, strict=True):
         for index, reason in (item if isinstance(item, dict) else item.found).items():
             quarantine.add(index, reason)
         assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
+        quarantine.changes.add(item.changed)
+        if isinstance(item.views, np.ndarray) and not told:
+            told = True
+            quarantine.say(
+                f"/dev/shm has too little room for a batch of {item.views.nbytes / 2**20:,.0f} MiB: {advice()}"
+            )
         yield Batch(
             step=step,
-            views=item.views.to(device, non_blocking=True).permute(0, 3, 1, 2),
+            views=received(item.views).to(device, non_blocking=True).permute(0, 3, 1, 2),
             parameters=to_tensors(item.parameters, device),
             labels=labels_of(split.labels, item.indices, device),
         )

@@ -57,6 +57,7 @@ class _Scan:
     paths: list[Path]
     classes: list[str]  # for each path, its first folder below the root; "" for an image in the root itself
     sizes: list[tuple[int, int]]
+    stamps: list[tuple[int, int]]  # (bytes, time of change) of each file
     reasons: list[str]  # why each of them cannot be decoded, where the manifest says so; else empty
     unreadable: list[tuple[Path, str]]  # files whose header cannot be read, and why
 
@@ -70,6 +71,7 @@ def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
         paths=[path for path, _ in readable],
         classes=[parts[0] if len(parts) > 1 else "" for parts in relative],
         sizes=[(entry.width, entry.height) for _, entry in readable],
+        stamps=[(entry.bytes, entry.changed) for _, entry in readable],
         reasons=[entry.reason for _, entry in readable],
         unreadable=[(path, entry.reason) for path, entry in below if not entry.width],
     )
@@ -159,7 +161,8 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
     def split(scan: _Scan, indices: Sequence[int] | np.ndarray | None = None) -> Split:
         chosen = range(len(scan.paths)) if indices is None else indices
         labels = np.array([numbers[scan.classes[i]] for i in chosen], np.int64) if labelled else None
-        files = ImageFiles(tuple(str(scan.paths[i]) for i in chosen), tuple(scan.sizes[i] for i in chosen))
+        stamps = np.array([scan.stamps[i] for i in chosen], np.int64).reshape(-1, 2)
+        files = ImageFiles(tuple(str(scan.paths[i]) for i in chosen), tuple(scan.sizes[i] for i in chosen), stamps)
         return Split(files, labels)
 
     notes = list(notes_on_manifest)

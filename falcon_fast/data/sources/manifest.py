@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from falcon_fast.data.sources.images import header, read_image, reason_of
 from falcon_fast.errors import UsageError
+from falcon_fast.files import Appended, writing, written_whole
 
 COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decoded", "reason")
 
@@ -62,15 +63,17 @@ def read_manifest(root: Path) -> dict[str, Entry]:
 
 
 def write_manifest(root: Path, entries: Mapping[str, Entry]) -> Path:
-    """Write the manifest in one atomic step and return its path. Raises OSError if the cache cannot be written."""
+    """Write the manifest in one atomic step and return its path. Raises WriteError if the cache cannot be written."""
     path = manifest_path(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(_row(name, entries[name]) for name in sorted(entries))
-    partial.replace(path)
     return path
 
 
@@ -140,7 +143,7 @@ def verify(root: Path, paths: Iterable[Path], bad: Callable[[Path, str], None], 
         done: called after each file.
 
     Raises:
-        OSError: the manifest cannot be written.
+        WriteError: the manifest cannot be written.
     """
     known, entries = read_manifest(root), {}
     path = write_manifest(root, known)
@@ -149,17 +152,12 @@ def verify(root: Path, paths: Iterable[Path], bad: Callable[[Path, str], None], 
         entry = known.get(str(each.relative_to(root)))
         return each, entry if entry and entry.decoded and _unchanged(each, entry) else examine(each, whole=True)
 
-    with (
-        path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ThreadPoolExecutor() as pool,
-    ):
-        writer = csv.writer(file)
+    with Appended(path) as file, ThreadPoolExecutor() as pool:
         for each, entry in pool.map(look, paths):
             name = str(each.relative_to(root))
             entries[name] = entry
             if known.get(name) != entry:
-                writer.writerow(_row(name, entry))
-                file.flush()
+                file.write(_row(name, entry))
             if entry.reason:
                 bad(each, entry.reason)
             done()

@@ -80,6 +80,14 @@ def complete(directory: Path) -> list[Path]:
     return found
 
 
+def kept(directory: Path) -> str:
+    """Return what `directory` keeps of a run that ended, as the end of a message."""
+    if not directory.is_dir():
+        return f"{directory} is not there any more, so put it back before the run is continued"
+    found = complete(directory)
+    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been written"
+
+
 def latest(run: Path) -> Path:
     """Return the newest complete checkpoint of a run directory. Raises UsageError if there is none."""
     found = complete(run / "checkpoints")

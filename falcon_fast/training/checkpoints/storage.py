@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from falcon_fast.files import synchronise, writing
 from falcon_fast.training.checkpoints.integrity import checksum
 
 INDEX = "index.json"
@@ -106,7 +107,10 @@ class Writer(StorageWriter):
         pass
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        self._temporary.mkdir(parents=True, exist_ok=True)
+        with writing(
+            self._temporary
+        ):  # no parents: where the run directory is gone, a checkpoint alone would be of no use
+            self._temporary.mkdir(exist_ok=True)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -138,9 +142,10 @@ class Writer(StorageWriter):
         size, crc32 = 0, ""
         if tensors:
             path = self._temporary / name
-            save_file(tensors, path)
-            size, crc32 = path.stat().st_size, checksum(path)  # read back from the page cache
-            _synchronise(path)
+            with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
+                save_file(tensors, path)
+                size, crc32 = path.stat().st_size, checksum(path)  # read back from the page cache
+                synchronise(path)
         future: Future[list[WriteResult]] = Future()
         future.set_result([WriteResult(index, count, Written(part, size, crc32)) for index, count, part in written])
         return future
@@ -165,9 +170,10 @@ class Writer(StorageWriter):
                     for chunk in entry.chunks
                 ],
             }
-        path = self._temporary / INDEX
-        path.write_text(json.dumps({"files": files, "tensors": index}), encoding="utf-8")
-        _synchronise(path)
+        path, text = self._temporary / INDEX, json.dumps({"files": files, "tensors": index})
+        with writing(path, len(text)):
+            path.write_text(text, encoding="utf-8")
+            synchronise(path)
         self._publish()
 
     @classmethod
@@ -184,12 +190,6 @@ def _key(item: WriteItem) -> str:
     if chunk.sizes == item.tensor_data.size:
         return item.index.fqn
     return f"{item.index.fqn}[{','.join(map(str, chunk.offsets))}]"
-
-
-def _synchronise(path: Path) -> None:
-    """Wait until a file is on the disk: its directory is renamed into place afterwards."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 class Reader(StorageReader):

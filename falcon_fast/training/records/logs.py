@@ -5,13 +5,16 @@ Between rows nothing is read from the device: the metrics of other steps are nev
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from falcon_fast.files import why_not_written
 from falcon_fast.hardware.flops import step_flops
 from falcon_fast.hardware.peaks import known_rate
 from falcon_fast.models.network import build_network
@@ -32,11 +35,13 @@ class RunLog:
     ) -> None:
         """Open the files in `directory`, and keep the rows up to `start_step`, the step of the resumed checkpoint.
 
-        say: takes a line if metrics.csv was damaged.
+        say: takes a line if metrics.csv was damaged, or if TensorBoard's events cannot be written. The run goes on without
+            the events; metrics.csv has the rows.
         """
         self._run = run
         self._file: MetricsFile | None = None
         self._events: SummaryWriter | None = None
+        self._directory, self._say, self._excepthook = directory / "tensorboard", say, threading.excepthook
         if not run.processes.main:
             return
         self._file = MetricsFile(directory / "metrics.csv", start_step, run.recorded, say)
@@ -44,18 +49,42 @@ class RunLog:
         if run.config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+            threading.excepthook = self._no_traceback
+            with self._without_events():
+                self._events = SummaryWriter(str(self._directory), purge_step=start_step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Write a row to both, on disk at once. TensorBoard gets a scalar for each measured column except the step itself."""
+        """Write a row to both, on disk at once. TensorBoard gets a scalar for each measured column except the step itself.
+
+        Raises:
+            WriteError: metrics.csv cannot be written.
+        """
         if self._file is not None:
             self._file.write(row)
             self._run.recorded = self._file.state
         if self._events is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._events.add_scalar(name, value, row["step"])
-            self._events.flush()
+            with self._without_events():
+                for name, value in row.items():
+                    if name != "step" and value is not None:
+                        self._events.add_scalar(name, value, row["step"])
+                self._events.flush()
+
+    def _no_traceback(self, failed: threading.ExceptHookArgs) -> None:
+        """Keep the traceback of the thread that writes TensorBoard's events from the user: the next row raises its error."""
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            self._excepthook(failed)
+
+    @contextmanager
+    def _without_events(self) -> Iterator[None]:
+        """Go on without TensorBoard's events if they cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            events, self._events = self._events, None
+            self._say(f"{why_not_written(self._directory, error)}; training goes on without TensorBoard's events")
+            if events is not None:
+                with suppress(OSError):
+                    events.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -64,7 +93,9 @@ class RunLog:
         if self._file is not None:
             self._file.__exit__(*exception)
         if self._events is not None:
-            self._events.close()
+            with self._without_events():
+                self._events.close()
+        threading.excepthook = self._excepthook
 
 
 class Throughput:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from falcon_fast.files import Appended, written_whole
 from falcon_fast.training.records.mending import Kept, backup_of, fingerprint, kept_rows
 
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
@@ -61,14 +62,19 @@ class MetricsFile:
     ) -> None:
         """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint.
 
-        recorded: what that checkpoint recorded of the file (`fingerprint`); None if nothing.
-        say: takes a line if the file was damaged. The damaged file is kept as metrics.csv.bak.
+        Args:
+            recorded: what that checkpoint recorded of the file (`fingerprint`); None if nothing.
+            say: takes a line if the file was damaged. The damaged file is kept as metrics.csv.bak.
+
+        Raises:
+            WriteError: the file cannot be written.
         """
         found = path.read_bytes() if path.exists() else b""
         kept, problem = kept_rows(found, keep_until_step, recorded, COLUMNS) if keep_until_step else Kept([], None)
         if problem and found:
             backup = backup_of(path)
-            backup.write_bytes(found)
+            with written_whole(backup) as partial:
+                partial.write_bytes(found)
             say(f"{path} {problem}; they are kept, and the file as it was found is {backup.name}")
         elif problem:
             say(f"{path} is missing: its rows up to step {keep_until_step} are lost")
@@ -77,10 +83,9 @@ class MetricsFile:
         writer.writeheader()
         writer.writerows(kept)
         content = text.getvalue().encode()
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
-        self._file = path.open("ab")
+        with written_whole(path) as partial:
+            partial.write_bytes(content)
+        self._file = Appended(path)
         self._state = fingerprint(content, len(kept))
 
     @property
@@ -89,13 +94,15 @@ class MetricsFile:
         return dict(self._state)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row, which is on disk when this returns. None and missing columns are empty."""
-        values = {k: "" if v is None else f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
-        text = io.StringIO(newline="")
-        csv.DictWriter(text, COLUMNS).writerow(values)
-        line = text.getvalue().encode()
-        self._file.write(line)
-        self._file.flush()
+        """Append a row, which is on disk when this returns. None and missing columns are empty.
+
+        Raises:
+            WriteError: the row cannot be written, and then no part of it stays; or the file was removed or renamed.
+        """
+        if unknown := row.keys() - set(COLUMNS):
+            raise ValueError(f"metrics.csv has no column {', '.join(sorted(unknown))}")
+        values = (row.get(column) for column in COLUMNS)
+        line = self._file.write("" if v is None else f"{v:.9g}" if isinstance(v, float) else v for v in values)
         self._state = {
             "bytes": self._state["bytes"] + len(line),
             "crc32": f"{zlib.crc32(line, int(self._state['crc32'], 16)):08x}",

@@ -123,7 +123,9 @@ def test_a_cache_that_cannot_be_written_is_named(photo_folder: Path, data, tmp_p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     code, lines, err = data("verify", photo_folder)
-    assert code == 1 and lines == [] and err.startswith("error: ") and err.count("\n") == 1
+    assert (
+        code == 74 and lines == [] and err.startswith("error: ") and "cannot be written" in err and err.count("\n") == 1
+    )
     assert open_source(DataConfig(path=str(photo_folder))).known_bad == ()
 
 

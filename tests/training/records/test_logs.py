@@ -168,3 +168,24 @@ def test_tags_are_the_columns_and_steps_the_rows(tmp_path):
     events.Reload()
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found == {"epoch": [(3, 0.25)], "loss": [(3, 2.0)], "prior": [(3, 0.5)]}
+
+
+def test_a_run_goes_on_without_events_that_cannot_be_written(tmp_path, monkeypatch, capfd):
+    """The thread that writes them fails, as on a full disk; metrics.csv has every row."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    run, lines = prepared(), []
+    create_run_directory(tmp_path / "run", run.config)
+    row = {"step": 1, "epoch": 0.1, "loss": 1.0, "seconds": 1.0}
+    with logs.RunLog(run, tmp_path / "run", 0, lines.append) as log:
+        log.write(row)
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in (2, 3):
+            log.write(row | {"step": step})
+    assert [r["step"] for r in csv.DictReader((tmp_path / "run" / "metrics.csv").open())] == ["1", "2", "3"]
+    (line,) = lines
+    assert "No space left" in line and "goes on without TensorBoard" in line and str(tmp_path / "run") in line
+    assert "Traceback" not in capfd.readouterr().err

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 
+import pytest
+
+from falcon_fast.errors import WriteError
 from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS, MetricsFile
 
 ROW = {
@@ -31,6 +34,16 @@ def test_rows_are_on_disk_at_once_and_what_was_not_measured_is_empty(tmp_path):
         file.write(ROW | {"probe_accuracy": None})
         (row,) = csv.DictReader(path.open())
         assert row["loss"] == "0.333333333" and row["probe_accuracy"] == "" and row["nmi_codes"] == ""
+
+
+def test_a_file_that_was_taken_away_and_an_unknown_column_are_errors(tmp_path):
+    path = tmp_path / "metrics.csv"
+    with MetricsFile(path) as file:
+        with pytest.raises(ValueError, match="no column nonsense"):
+            file.write(ROW | {"nonsense": 1})
+        path.unlink()
+        with pytest.raises(WriteError, match="removed or renamed"):
+            file.write(ROW)
 
 
 def test_resuming_keeps_the_rows_up_to_the_checkpoint(tmp_path):
