@@ -124,6 +124,8 @@ class TrainingConfig:
     # for each layer.
     sync_batchnorm: bool = True
     timeout: int = 600  # seconds that a process waits in a step for another process before it gives up
+    # Steps in a row whose loss or gradient is not finite, after which the run ends; such a step changes nothing.
+    max_bad_steps: int = 10
 
 
 @dataclass(frozen=True)
@@ -375,6 +377,7 @@ def validate(config: Config) -> Config:
         ("training.accumulate", training.accumulate, 1),
         ("training.seed", training.seed, 0),
         ("training.timeout", training.timeout, 1),
+        ("training.max_bad_steps", training.max_bad_steps, 1),
         ("log.every_steps", log.every_steps, 1),
         ("log.evaluate_epochs", log.evaluate_epochs, 0),
         ("checkpoint.every_steps", checkpoint.every_steps, 0),

@@ -39,6 +39,7 @@ CHANGEABLE = frozenset(
         "training.device",
         "training.strategy",
         "training.timeout",
+        "training.max_bad_steps",
     }
 )
 

@@ -23,6 +23,7 @@ from falcon_fast.training.checkpoints.storage import INDEX, Reader, TensorPlanne
 
 FORMAT = 2  # is raised when an older reader would misunderstand a checkpoint
 PREFIX = "step-"
+LATER = ("bad_steps",)  # tensors that checkpoints of the first versions lack; the run's own then keep their values
 ALONE = ".*assuming the intent is to .* in a single process"  # DCP warns so when there is no process group
 
 
@@ -113,7 +114,8 @@ def load(
     reader = Reader(path)
     try:
         stored = reader.stored()
-        targets = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
+        targets = {f"network.{k}": v for k, v in network.state_dict().items()}
+        targets |= {k: v for k, v in (extra or {}).items() if k in stored or k not in LATER}
         if probe is not None:
             targets |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
         moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}

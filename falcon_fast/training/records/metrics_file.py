@@ -22,6 +22,7 @@ COLUMNS = (
     "test_codes_used",
     "probe_train_accuracy",
     "grad_norm",
+    "bad_steps",
     *TIMINGS,
 )
 
@@ -38,6 +39,8 @@ class MetricsFile:
         probe_accuracy, nmi_codes, test_codes_used: online probe and clustering by codes on the test split, in evaluation mode.
         probe_train_accuracy: of the online probe on this batch, augmented.
         grad_norm: norm of the network's gradient, before clipping.
+        bad_steps: steps so far that were skipped, because their loss or gradient is not finite. The row of such a step has its
+            loss as it was, nan or inf.
         images_per_second: since the row before.
         data_wait: share of the time since the row before that was spent waiting for data.
         mfu: FLOP of the model (hardware/flops.py) since the row before, divided by those that the devices could do according to
