@@ -13,6 +13,7 @@ from falcon_fast.cli.evaluate import evaluate
 from falcon_fast.cli.info import info
 from falcon_fast.cli.plan import plan
 from falcon_fast.cli.profile import profile
+from falcon_fast.cli.replay import replay
 from falcon_fast.cli.train import train
 from falcon_fast.data.loaders.signals import lost_workers
 from falcon_fast.errors import FinalError, RunStopped
@@ -25,7 +26,7 @@ def cli() -> None:
     """Self-supervised learning that does not collapse: images without labels in, a trained backbone and its evaluation out."""
 
 
-for command in (train, evaluate, plan, profile, data, info):
+for command in (train, evaluate, replay, plan, profile, data, info):
     cli.add_command(command)
 
 

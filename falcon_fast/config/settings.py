@@ -145,6 +145,8 @@ class TrainingConfig:
     sync_batchnorm: bool = asked(True)
     # run directory whose newest checkpoint gives the network its initial weights; empty: random weights
     init_from: str = fixed("")
+    # Steps in a row whose loss or gradient is not finite, after which the run ends; such a step changes nothing.
+    max_bad_steps: int = free(10)
     timeout: int = free(600)  # seconds that a process waits in a step for another process before it gives up
 
 

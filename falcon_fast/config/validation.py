@@ -79,6 +79,7 @@ def validate(config: Config) -> Config:
         ("training.accumulate", training.accumulate, 1),
         ("training.seed", training.seed, 0),
         ("training.threads", training.threads, 0),
+        ("training.max_bad_steps", training.max_bad_steps, 1),
         ("training.timeout", training.timeout, 1),
         ("log.every_steps", log.every_steps, 1),
         ("log.evaluate_epochs", log.evaluate_epochs, 0),

@@ -105,6 +105,7 @@ class Run:
             config.optimizer.clip_norm,
             WeightAverage(self.network, config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
             compiled,
+            self.processes.group,
         )
 
     @property

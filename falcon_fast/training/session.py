@@ -19,6 +19,7 @@ from falcon_fast.evaluation.clustering import nmi
 from falcon_fast.evaluation.features import extract_assigned
 from falcon_fast.hardware.threads import check_threads
 from falcon_fast.models.network import FalconNetwork
+from falcon_fast.training.bad_steps import NEVER, BadSteps, Reading, diverged, skipped_line
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.saver import Saver
 from falcon_fast.training.compiled import compiler_failures
@@ -30,10 +31,10 @@ from falcon_fast.training.records.console import TrainingDisplay
 from falcon_fast.training.records.logs import RunLog, Throughput, metrics_row
 from falcon_fast.training.run import Run, seed_process
 from falcon_fast.training.schedule import Schedule
+from falcon_fast.training.skipping import any_non_finite, in_any_process
 from falcon_fast.training.step import StepMetrics
 from falcon_fast.training.stepper import stepper
 
-NEVER = 2**62  # larger than the number of any step
 STOPPING = "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once, without a checkpoint"
 
 
@@ -51,7 +52,8 @@ class Session:
 
     def __init__(self, run: Run, directory: Path, console: Console, start_step: int, seconds_before: float) -> None:
         config, self._console = run.config, console
-        self._run, self._processes, self._checkpoints = run, run.processes, directory / "checkpoints"
+        self._run, self._processes, self._directory = run, run.processes, directory
+        self._checkpoints = directory / "checkpoints"
         photometric = photometric_of(run, self._say)
         self._quarantine = quarantine_of(run, self._say, directory / "quarantine.csv")
         self._test_changes = Changes(run.source.test.images, self._say)
@@ -64,8 +66,7 @@ class Session:
         self._inputs, views_of = feed_of(run, self._steps, self._quarantine, photometric)
         self._take_step = stepper(run.learner, views_of, run.device, config.training.cuda_graph)
         run.network.train()
-        # The first step whose loss was not finite: on the device, so that no step has to wait for it.
-        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=run.device)
+        self._bad_steps, self._told = BadSteps(run), int(run.learner.bad_steps[0])
         self._throughput = Throughput(run, self._say)
         self._started, self._seconds_before = time.monotonic(), seconds_before
         self._agreed = StopAgreement(run.processes)
@@ -109,8 +110,7 @@ class Session:
     def take_step(self, step: int, inputs: Any) -> StepMetrics:
         """Take one optimisation step on `inputs`. Nothing waits for the device."""
         metrics = self._take_step(inputs, self.schedule.rate(step), self.schedule.logs(step))
-        bad = (self._first_bad == NEVER) & ~torch.isfinite(metrics.loss)
-        self._first_bad = torch.where(bad, step, self._first_bad)
+        self._bad_steps.note(step, metrics)
         self._display.advance(step)
         return metrics
 
@@ -122,11 +122,11 @@ class Session:
         """Write a row of metrics.csv and show it; test the online probe where the schedule says so.
 
         Raises:
-            TrainingError: a loss was not finite.
+            DivergedError: too many steps in a row were bad.
         """
         run = self._run
-        self._check_finite()
-        row = metrics_row(run, step, metrics, self.schedule.rate(step))
+        bad = self._check_bad_steps()
+        row = {"bad_steps": bad.total} | metrics_row(run, step, metrics, self.schedule.rate(step))
         row |= self._throughput.row() | {"threads": torch.get_num_threads(), "seconds": self.seconds}
         if self.schedule.tests(step) and run.probe is not None:
             run.average_buffers()
@@ -140,19 +140,30 @@ class Session:
             self._display.show(row, run.config.training.epochs)
         self._throughput.restart()
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, stopping: bool = False) -> None:
         """Write a checkpoint, in the background if `checkpoint.asynchronous` says so.
 
+        After a bad step none is written, unless the run stops here or this was its last step: the weights may be ruined, and the
+        oldest checkpoint, which is removed for a new one, may be the last good one.
+
+        Args:
+            stopping: whether the run stops here.
+
         Raises:
-            TrainingError: a loss was not finite, or this checkpoint, or the one before it, cannot be written.
+            DivergedError: too many steps in a row were bad.
+            TrainingError: the weights or moments are not finite, or this checkpoint, or the one before it, cannot be written.
         """
         run = self._run
-        if step > 0:
-            self._check_finite()
+        if step > 0 and (bad := self._check_bad_steps()).in_a_row and not (stopping or self.schedule.is_last(step)):
+            self._say(
+                f"no checkpoint is written at step {step}, as the last {bad.in_a_row} steps were skipped; {self._kept()}"
+            )
+            return
         run.average_buffers()
         share_bad(self._quarantine, self._processes)
         extra = run.learner.extra_state()
         tensors = checkpoint.collect(run.network, run.probe, run.learner.optimizer, extra, rank=self._processes.rank)
+        self._check_finite(step, tensors)
         self._saver.save(step, tensors, {**run.facts, "seconds": self.seconds})
 
     def stop(self) -> NoReturn:
@@ -167,13 +178,35 @@ class Session:
         for changes in (self._quarantine.changes, self._test_changes):
             if line := changes.summary():
                 self._say(line)
+        if (bad := self._bad_steps.read()).total:
+            self._say(
+                f"{bad.total} of {self.schedule.total_steps} steps were skipped, as their loss or gradient was not finite"
+            )
 
-    def _check_finite(self) -> None:
-        if (bad := int(self._processes.least(self._first_bad))) < NEVER:
+    def _check_bad_steps(self) -> Reading:
+        """Return the bad steps, after telling the user about new ones. Raises DivergedError if too many in a row were bad."""
+        found = self._bad_steps.read()
+        if found.ended < NEVER:
             with suppress(TrainingError):
                 self._saver.wait()  # so that the message names the newest checkpoint
+            raise diverged(self._run, str(self._directory), found, self._quarantine, self._kept())
+        if found.total > self._told:
+            self._say(skipped_line(found.total - self._told, found, str(self._directory)))
+            self._told = found.total
+        return found
+
+    def _check_finite(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Raise TrainingError if what would be saved is not finite: finite gradients can make weights or moments overflow."""
+        found = in_any_process(any_non_finite(tensors.values(), self._run.device), self._processes.group)
+        if found:
+            with suppress(TrainingError):
+                self._saver.wait()
+            bad = [name for name, tensor in tensors.items() if any_non_finite([tensor], self._run.device)]
+            name = self._processes.from_main(bad[0] if bad else "a tensor")
             raise TrainingError(
-                f"the loss is not finite at step {bad}: training stopped; {self._kept()}", everywhere=True
+                f"{name} is not finite after step {step}: training stopped and this step was not saved; {self._kept()}; use a "
+                "lower learning rate",
+                everywhere=True,
             )
 
     def _kept(self) -> str:

@@ -1,4 +1,4 @@
-"""What surrounds the steps: tests of the test split, finite losses, and the switches of precision."""
+"""What surrounds the steps: tests of the test split, and the switches of precision."""
 
 from __future__ import annotations
 
@@ -9,29 +9,12 @@ import signal
 import pytest
 import torch
 
-from falcon_fast.errors import TrainingError
 from falcon_fast.hardware import threads
 from falcon_fast.runs.results import load_trained
 from falcon_fast.training import session, stepper, trainer
-from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.distributed import signals
 
 from .tiny import QUIET, start
-
-
-def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
-
-    def diverging(*arguments):
-        calls.append(None)
-        metrics = step_function(*arguments)
-        return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
-
-    monkeypatch.setattr(stepper, "training_step", diverging)
-    with pytest.raises(TrainingError, match="not finite at step 7") as caught:
-        trainer.train(start(directory), directory, QUIET)
-    assert "step-00000005" in str(caught.value)
-    assert [p.name for p in checkpoint.complete(directory / "checkpoints")] == ["step-00000005"]
 
 
 def test_the_loop_follows_the_load_and_records_the_number_of_threads(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ FORMAT = 3  # is raised when an older reader would misunderstand a checkpoint
 FIRST_SEALED = 3  # the first format with checksums
 PREFIX = "step-"
 NAME = re.compile(rf"{PREFIX}\d{{8,}}")
+LATER = ("bad_steps",)  # tensors that checkpoints of the first versions lack; the run's own then keep their values
 ALONE = ".*assuming the intent is to .* in a single process"  # DCP warns so when there is no process group
 
 
@@ -153,7 +154,8 @@ def load(
     reader = Reader(path)
     try:
         stored = reader.stored()
-        targets = {f"network.{k}": v for k, v in network.state_dict().items()} | dict(extra or {})
+        targets = {f"network.{k}": v for k, v in network.state_dict().items()}
+        targets |= {k: v for k, v in (extra or {}).items() if k in stored or k not in LATER}
         if probe is not None:
             targets |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
         moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}

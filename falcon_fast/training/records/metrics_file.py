@@ -28,6 +28,7 @@ COLUMNS = (
     "probe_train_accuracy",
     "grad_norm",
     "changes",
+    "bad_steps",
     *TIMINGS,
 )
 
@@ -45,6 +46,8 @@ class MetricsFile:
         probe_train_accuracy: of the online probe on this batch, augmented.
         grad_norm: norm of the network's gradient, before clipping.
         changes: settings that were changed on purpose when the run was resumed, so far; result.json lists them.
+        bad_steps: steps so far that were skipped, because their loss or gradient is not finite. The row of such a step has its
+            loss as it was, nan or inf.
         images_per_second: since the row before.
         data_wait: share of the time since the row before that was spent waiting for data.
         mfu: FLOP of the model (hardware/flops.py) since the row before, divided by those that the devices could do according to
