@@ -23,6 +23,7 @@ from falcon_fast.kernels import IMPLEMENTATIONS as LOSS_IMPLEMENTATIONS
 from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
+from falcon_fast.reading import read_toml
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
 PHOTOMETRIC = ("auto", "eager", "cpu", "compiled", "triton")
@@ -37,6 +38,8 @@ IMPLEMENTATIONS = ("auto", *LOSS_IMPLEMENTATIONS)
 STRATEGIES = ("auto", "single", "ddp", "fsdp")
 PARAM_DTYPES = ("float32", "bfloat16")
 PRIOR_SCOPES = ("global", "local")
+LARGEST_CONFIG = 2**16  # bytes of a config.toml: the settings take 2 KB, and a path 4 KB
+LARGEST_VIEW = 4096  # pixels a side; one image then takes 1 GB in a ResNet-18's stem
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 
 
@@ -177,7 +180,7 @@ SECTIONS: dict[str, type[Any]] = {name: kind for name, kind in get_type_hints(Co
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint for a mistyped name: the nearest valid name, or all valid names if none is near and they are few."""
-    valid = sorted(valid)
+    valid, name = sorted(valid), name[:80]
     few = len(valid) <= 12
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5 if few else 0.0)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(valid)}"
@@ -217,11 +220,11 @@ def load_config(path: Path) -> Config:
         UsageError: the file is missing or not valid.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = read_toml(path, LARGEST_CONFIG)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"cannot read the settings in {path.parent}: {error}") from None
     return validate(_from_tables(_translated(tables), where=str(path)))
 
 
@@ -233,7 +236,9 @@ def _translated(tables: dict[str, Any]) -> dict[str, Any]:
     training = dict(training)
     amp, precision = _checked("training.amp", training.pop("amp"), bool), training.get("precision", "auto")
     if amp and precision not in ("auto", "bf16"):
-        raise UsageError(f"training.amp = true and training.precision = {precision!r} conflict: remove training.amp")
+        raise UsageError(
+            f"training.amp = true and training.precision = {_shown(precision)} conflict: remove training.amp"
+        )
     if amp:
         training["precision"] = "bf16"
     return {**tables, "training": training}
@@ -246,14 +251,15 @@ def _from_tables(tables: Mapping[str, Any], where: str) -> Config:
             values[section] = _checked("recipe", table, str)
             continue
         if section not in SECTIONS:
-            raise UsageError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+            raise UsageError(f"{where}: unknown section {_shown(section)}: {nearest(section, SECTIONS)}")
         if not isinstance(table, Mapping):
-            raise UsageError(f"{where}: {section} must be a table, [{section}], not {table!r}")
+            raise UsageError(f"{where}: {section} must be a table, [{section}], not {_shown(table)}")
         cls = SECTIONS[section]
         types = get_type_hints(cls)
         for key in table:
             if key not in types:
-                raise UsageError(f"{where}: unknown key {section}.{key}: {nearest(key, types)}")
+                name = f"{section}.{key}" if key.isidentifier() else f"{_shown(key)} in [{section}]"
+                raise UsageError(f"{where}: unknown key {name[:80]}: {nearest(key, types)}")
         values[section] = cls(**{key: _checked(f"{section}.{key}", value, types[key]) for key, value in table.items()})
     return Config(**values)
 
@@ -265,11 +271,19 @@ def _checked(key: str, value: Any, kind: type) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
+        raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {_shown(value)}")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         # A file name that is not UTF-8 arrives with surrogates, which a TOML file cannot hold.
         raise UsageError(f"{key} must be UTF-8 text, not {value!r}: rename the folder or link to it")
     return value
+
+
+def _shown(value: Any) -> str:
+    """Return a value as messages show it: on one line of at most 80 characters."""
+    if isinstance(value, Mapping | list):  # one may be large or deep, or hold an integer that is too long to be printed
+        return "a table" if isinstance(value, Mapping) else "a list"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -354,7 +368,7 @@ def validate(config: Config) -> Config:
         ("fsdp.param_dtype", config.fsdp.param_dtype, PARAM_DTYPES),
     ):
         if value not in valid:
-            raise UsageError(f"unknown {key} {value!r}: {nearest(value, valid)}")
+            raise UsageError(f"unknown {key} {_shown(value)}: {nearest(value, valid)}")
     for key, number, least in (
         ("data.size", data.size, 0),
         ("data.workers", data.workers, -1),
@@ -382,6 +396,8 @@ def validate(config: Config) -> Config:
     ):
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
+    if data.size > LARGEST_VIEW:
+        raise UsageError(f"data.size must be at most {LARGEST_VIEW} pixels, not {data.size}")
     if not optimizer.lr > 0:  # the schedule multiplies it
         raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:

@@ -123,5 +123,9 @@ def write_json(path: Path, value: Any) -> None:
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(plain(value), indent=1) + "\n", encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with partial.open(
+        "x", encoding="utf-8"
+    ) as file:  # "x" does not write through a link that a stranger's run may hold
+        file.write(json.dumps(plain(value), indent=1) + "\n")
     partial.replace(path)

@@ -22,6 +22,7 @@ from falcon_fast.evaluation.report import plot_curves
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
+from falcon_fast.reading import one_line
 from falcon_fast.runs.directory import write_json
 from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.checkpoints import checkpoint
@@ -56,9 +57,11 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
         raise UsageError(f"{directory}: no such run directory")
     config = load_config(directory / "config.toml")
     place = find_device(device)
-    network = build_network(config, config.data.size)
     path = checkpoint.latest(directory)
     facts = checkpoint.read_facts(path)
+    if "mean" not in facts or "std" not in facts:
+        raise UsageError(f"checkpoint {path} is damaged (run.json names no mean or std): use another run")
+    network = _network_of(config, directory, path)
     if config.optimizer.ema_decay:  # the averaged weights are evaluated and used
         average = WeightAverage(network, config.optimizer.ema_decay)
         checkpoint.load(path, network, extra={f"average.{name}": tensor for name, tensor in average.state().items()})
@@ -68,6 +71,25 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
     network.to(device=place, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place)
+
+
+def _network_of(config: Config, directory: Path, path: Path) -> FalconNetwork:
+    """Return the network that `config` describes, after checking that checkpoint `path` holds such a one.
+
+    The check is made on the meta device, where a network takes no memory: the config.toml of a stranger may ask for any size, and
+    what the checkpoint holds is no larger than its files.
+    """
+    try:
+        with torch.device("meta"):
+            outline = build_network(config, config.data.size)
+    except UsageError:
+        raise
+    except Exception as error:  # torch raises many types where a number is too large
+        raise UsageError(
+            f"{directory / 'config.toml'} describes a network that cannot be built ({one_line(error)})"
+        ) from None
+    checkpoint.check_network(path, outline)
+    return build_network(config, config.data.size)
 
 
 def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None]) -> dict[str, Any]:

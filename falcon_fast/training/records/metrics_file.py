@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from falcon_fast.errors import UsageError
+from falcon_fast.evaluation.report import LARGEST_METRICS
+from falcon_fast.reading import csv_records, one_line
 
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
 TIMINGS = ("images_per_second", "data_wait", "mfu", "seconds")
@@ -46,16 +51,24 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, keep_until_step: int = 0) -> None:
-        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint."""
-        kept = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if _whole(row) and int(row["step"]) <= keep_until_step]
+        """Open `path`, and keep its rows up to `keep_until_step`, the step of the resumed checkpoint.
+
+        Raises:
+            UsageError: the file that is there is no CSV file.
+        """
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(kept)
+            try:
+                for row in csv_records(path, LARGEST_METRICS) if path.exists() else ():
+                    if _step(row) <= keep_until_step:
+                        writer.writerow(row)
+            except ValueError as error:
+                partial.unlink()
+                raise UsageError(
+                    f"{path} is damaged ({one_line(error)}): repair it, or move it away to continue without its rows"
+                ) from None
         partial.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS)
@@ -73,6 +86,7 @@ class MetricsFile:
         self._file.close()
 
 
-def _whole(row: Mapping[Any, Any]) -> bool:
-    """Whether a row has a value for each name of the header. The last row does not if the disk was full."""
-    return None not in row and None not in row.values() and row.get("step", "").isdecimal()
+def _step(row: Mapping[str, str]) -> float:
+    """Return the step of a row; infinity if it names none."""
+    text = row.get("step", "")
+    return int(text) if len(text) < 16 and text.isascii() and text.isdecimal() else math.inf
