@@ -99,6 +99,7 @@ def written_whole(path: Path, need: int | None = None, synchronised: bool = True
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with writing(path, need):
+            partial.unlink(missing_ok=True)  # in the run directory of a stranger it may be a link to any file
             yield partial
             if synchronised:
                 synchronise(partial)
@@ -118,7 +119,7 @@ class Appended:
     def __init__(self, path: Path) -> None:
         self._path = path
         with writing(path):
-            self._file = path.open("ab", buffering=0)
+            self._file = open(path, "ab", buffering=0, opener=_not_a_link)  # noqa: SIM115
 
     def write(self, row: Iterable[object]) -> bytes:
         """Append a row of a CSV file, and return what was written.
@@ -151,6 +152,11 @@ class Appended:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _not_a_link(path: str, flags: int) -> int:
+    """Open a file, but not through a link: the run directory of a stranger may hold one to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def synchronise(path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from falcon_fast.config.assignments import nearest
+from falcon_fast.config.assignments import nearest, shown
 from falcon_fast.config.settings import (
     DICTIONARIES,
     IMPLEMENTATIONS,
@@ -29,6 +29,7 @@ from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
+LARGEST_VIEW = 4096  # pixels a side; one image then takes 1 GB in a ResNet-18's stem
 FLOAT32 = 3.4e38  # largest number that float32 holds, in which losses and gradients are computed
 
 
@@ -58,7 +59,7 @@ def validate(config: Config) -> Config:
         ("fsdp.param_dtype", config.fsdp.param_dtype, PARAM_DTYPES),
     ):
         if value not in valid:
-            raise UsageError(f"unknown {key} {value!r}: {nearest(value, valid)}")
+            raise UsageError(f"unknown {key} {shown(value)}: {nearest(value, valid)}")
     for key, number, least in (
         ("data.size", data.size, 0),
         ("data.workers", data.workers, -1),
@@ -89,7 +90,7 @@ def validate(config: Config) -> Config:
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
     for key, number, most in (
-        ("data.size", data.size, 2**14),
+        ("data.size", data.size, LARGEST_VIEW),
         ("data.workers", data.workers, 2**10),
         ("data.resident_mib", data.resident_mib, 2**30),
         ("data.max_bad_fraction", data.max_bad_fraction, 1),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_fast.errors import UsageError
 from falcon_fast.files import written_whole
+from falcon_fast.reading import csv_records, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+LARGEST_METRICS = 256 * 2**20  # bytes of metrics.csv; a row has 150, so these are 1.7 million rows
+LARGEST_NUMBER = 1e15  # matplotlib's axes overflow long before the largest float
 ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random weights"), ("trained", "trained by FALCON"))
 COLLAPSE = (
     ("representation", "representation (energy)"),
@@ -75,21 +78,39 @@ def _figure(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def _number(text: str) -> float:
+    """Return a cell of metrics.csv as a number that a picture can show, or NaN."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if abs(number) < LARGEST_NUMBER else math.nan
+
+
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
     """Draw a run's curves from its metrics.csv into one PNG: loss and its terms, codes in use, probe and NMI, against epochs.
 
+    Cells that hold no finite number are left out.
+
     Raises:
+        UsageError: metrics.csv is no CSV file.
         WriteError: the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    measured: dict[str, list[tuple[float, float]]] = {}
+    try:
+        for row in csv_records(metrics_csv, LARGEST_METRICS):
+            numbers = {column: _number(text) for column, text in row.items()}
+            for column, number in numbers.items():
+                if math.isfinite(number) and math.isfinite(epoch := numbers.get("epoch", math.nan)):
+                    measured.setdefault(column, []).append((epoch, number))
+    except ValueError as error:
+        raise UsageError(f"{metrics_csv} is damaged ({one_line(error)}): repair it to draw its curves") from None
 
     def curve(axes: Any, column: str, label: str, **style: Any) -> None:
-        points = [(float(row["epoch"]), float(row[column])) for row in rows if row[column]]
-        if points:
+        if points := measured.get(column):
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

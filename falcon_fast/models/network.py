@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -222,7 +223,15 @@ def build_network(config: Config, image_size: int) -> FalconNetwork:
 
 
 def build_codes(config: Config) -> Codes:
-    """Return the run's dictionary, from `training.seed`."""
+    """Return the run's dictionary, from `training.seed`. Raises UsageError if it does not fit into the machine's memory."""
+    f, c = config.loss.embedding_dim, config.loss.num_codes
+    rows = c if config.loss.codes == "rademacher" else c // f
+    needed = 3 * 4 * rows * -(-f // 32)  # bytes; the random words are held three times while they are drawn
+    if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise UsageError(
+            f"{c} {config.loss.codes} codes of {f} entries need {needed / 2**30:,.0f} GiB, but this machine has "
+            f"{memory / 2**30:,.0f} GiB: reduce loss.num_codes or loss.embedding_dim"
+        )
     kind = RademacherCodes if config.loss.codes == "rademacher" else HadamardCodes
     return kind(config.loss.embedding_dim, config.loss.num_codes, config.training.seed)
 

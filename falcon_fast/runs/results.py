@@ -24,6 +24,7 @@ from falcon_fast.hardware.devices import find_device
 from falcon_fast.models.exported import TrainedBackbone, backbone_metadata, load_backbone
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
+from falcon_fast.reading import one_line
 from falcon_fast.runs.directory import check_is_directory, write_json
 from falcon_fast.runs.resuming import fitting, trained_settings
 from falcon_fast.training.averaging import WeightAverage
@@ -75,8 +76,10 @@ def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained
     place = find_device(device)
     selected = fitting(directory, edited)
     config, edits = trained_settings(selected, edited)
-    network = build_network(config, config.data.size)
     path, facts = selected.path, selected.facts
+    if "mean" not in facts or "std" not in facts:
+        raise UsageError(f"checkpoint {path} is damaged (run.json names no mean or std): use another run")
+    network = _network_of(config, directory, path)
     if config.optimizer.ema_decay:  # the averaged weights are evaluated and used
         average = WeightAverage(network, config.optimizer.ema_decay)
         checkpoint.load(path, network, extra={f"average.{name}": tensor for name, tensor in average.state().items()})
@@ -87,6 +90,25 @@ def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     notes = (*selected.notes(), *edits)
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place, notes)
+
+
+def _network_of(config: Config, directory: Path, path: Path) -> FalconNetwork:
+    """Return the network that `config` describes, after checking that checkpoint `path` holds such a one.
+
+    The check is made on the meta device, where a network takes no memory: the config.toml of a stranger may ask for any size, and
+    what the checkpoint holds is no larger than its files.
+    """
+    try:
+        with torch.device("meta"):
+            outline = build_network(config, config.data.size)
+    except UsageError:
+        raise
+    except Exception as error:  # torch raises many types where a number is too large
+        raise UsageError(
+            f"{directory / 'config.toml'} describes a network that cannot be built ({one_line(error)})"
+        ) from None
+    checkpoint.check_network(path, outline)
+    return build_network(config, config.data.size)
 
 
 PROTOCOLS = ("standard", "published")

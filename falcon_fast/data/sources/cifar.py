@@ -13,9 +13,13 @@ from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerpri
 from falcon_fast.data.sources.pickled_arrays import read_pickled_arrays
 from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
+from falcon_fast.reading import one_line, read_bytes, read_text
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+LARGEST_BATCH = 256 * 2**20  # bytes; CIFAR-100's training file has 155 MB
+LARGEST_NAMES = 2**20  # bytes of the file of class names, which has 2 KB
+LONGEST_NAME = 80  # characters of a class name
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -68,10 +72,10 @@ def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
         path = root / name
         try:
             if path.suffix == ".bin":
-                rows = np.fromfile(path, np.uint8).reshape(-1, kind.label_bytes + 3072)
+                rows = np.frombuffer(read_bytes(path, LARGEST_BATCH), np.uint8).reshape(-1, kind.label_bytes + 3072)
                 label, image = rows[:, kind.label_bytes - 1], rows[:, kind.label_bytes :]
             else:
-                batch = read_pickled_arrays(path.read_bytes())
+                batch = read_pickled_arrays(read_bytes(path, LARGEST_BATCH))
                 label, image = _labels(batch[kind.label_key]), batch[b"data"]
                 if not isinstance(image, np.ndarray):
                     raise ValueError("no array of images")
@@ -79,9 +83,11 @@ def _original_batches(kind: _Cifar, root: Path, names: Sequence[str]) -> Split:
                 raise ValueError(f"{image.dtype} images of shape {image.shape} and {label.size} labels")
             if not (np.issubdtype(label.dtype, np.integer) and label.min() >= 0 and label.max() < kind.classes):
                 raise ValueError(f"labels beyond 0 to {kind.classes - 1}")
-        except Exception as error:  # unpickling damaged data may raise anything
+        except MemoryError:
+            raise UsageError(f"{shown(path)} does not fit into the memory of this machine: use a larger one") from None
+        except Exception as error:  # damaged data may raise anything
             raise UsageError(
-                f"{shown(path)} is not a readable {kind.name} batch ({error}): unpack the archive again"
+                f"{shown(path)} is not a readable {kind.name} batch ({one_line(error)}): unpack the archive again"
             ) from None
         labels.append(label)
         pixels.append(image)
@@ -144,12 +150,12 @@ def _fine_names(place: Path) -> tuple[str, ...]:
     """Return the names of the hundred classes from the files of the data set; if these are missing, the class numbers."""
     try:
         if (listed := place / "fine_label_names.txt").is_file():
-            names = listed.read_text(encoding="utf-8").split()
+            names = read_text(listed, LARGEST_NAMES).split()
         else:
-            content = read_pickled_arrays((place / "meta").read_bytes())
+            content = read_pickled_arrays(read_bytes(place / "meta", LARGEST_NAMES))
             names = [name.decode() for name in content[b"fine_label_names"]]
-        if len(set(names)) == 100:
+        if len(set(names)) == 100 and all(name.isprintable() and len(name) <= LONGEST_NAME for name in names):
             return tuple(names)
-    except Exception:  # unpickling damaged data may raise anything; the names are for display only
+    except Exception:  # damaged data may raise anything; the names are for display only
         pass
     return tuple(map(str, range(100)))

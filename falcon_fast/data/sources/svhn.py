@@ -7,26 +7,32 @@ from pathlib import Path
 import numpy as np
 
 from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.matlab import read_matlab_arrays
 from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
+from falcon_fast.reading import one_line
 
 SVHN_MEAN, SVHN_STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
+LARGEST_FILE = 512 * 2**20  # bytes, also unpacked; the training file has 182 MB, and 226 MB unpacked
 SVHN_CLASSES = tuple("0123456789")
 
 
 def _read(path: Path) -> Split:
     """Read one MATLAB file: X uint8 (32, 32, 3, n), y (n, 1), where 10 stands for the digit 0."""
-    from scipy.io import loadmat
-
     try:
-        content = loadmat(path, variable_names=("X", "y"))
+        content = read_matlab_arrays(path, ("X", "y"), LARGEST_FILE)
+        if content["X"].ndim != 4:
+            raise ValueError(f"images of shape {content['X'].shape}")
         pixels, labels = np.moveaxis(content["X"], 3, 0), content["y"].reshape(-1)
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 32, 32, 3) or not len(labels):
             raise ValueError(f"{pixels.dtype} images of shape {pixels.shape} and {labels.size} labels")
         if not (np.issubdtype(labels.dtype, np.integer) and labels.min() >= 1 and labels.max() <= 10):
             raise ValueError("labels beyond 1 to 10")
-    except Exception as error:  # reading a damaged file, scipy may raise anything
-        raise UsageError(f"{shown(path)} is not a readable SVHN file ({error}): download it again") from None
+    except MemoryError:
+        raise UsageError(f"{shown(path)} does not fit into the memory of this machine: use a larger one") from None
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+        raise UsageError(f"{shown(path)} is not a readable SVHN file ({reason}): download it again") from None
     return Split(ImageArray(np.ascontiguousarray(pixels)), labels.astype(np.int64) % 10)
 
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from falcon_fast.errors import UsageError
+from falcon_fast.evaluation.report import LARGEST_METRICS
 from falcon_fast.files import Appended, written_whole
+from falcon_fast.reading import one_line, read_bytes
 from falcon_fast.training.records.mending import Kept, backup_of, fingerprint, kept_rows
 
 # The timings are the last columns, so that two runs with the same seed agree in every column before them.
@@ -70,9 +73,15 @@ class MetricsFile:
             say: takes a line if the file was damaged. The damaged file is kept as metrics.csv.bak.
 
         Raises:
+            UsageError: what is there is no file of rows.
             WriteError: the file cannot be written.
         """
-        found = path.read_bytes() if path.exists() else b""
+        try:
+            found = read_bytes(path, LARGEST_METRICS) if keep_until_step and path.exists() else b""
+        except ValueError as error:
+            raise UsageError(
+                f"{path} is damaged ({one_line(error)}): move it away to continue without its rows"
+            ) from None
         kept, problem = kept_rows(found, keep_until_step, recorded, COLUMNS) if keep_until_step else Kept([], None)
         if problem and found:
             backup = backup_of(path)
