@@ -189,7 +189,7 @@ def test_a_config_that_contradicts_itself_is_one_line(tmp_path: Path) -> None:
         ('[data]\nsize = "' + "x" * 1000 + '"', r"data.size must be an integer, not 'x{75} \.\.\."),
         ('[data]\n"a\\nb" = 1', r"unknown key 'a\\nb' in \[data\]"),
         ('["' + "x" * 10_000 + '"]', r"unknown section 'x+ \.\.\."),
-        ("[data]\nsize = 100000", "data.size must be at most 4096 pixels"),
+        ("[data]\nsize = 100000", "data.size must be at most 4096, not 100000"),
         ("[data]\nsize = 1\nsize = 2", "not valid TOML"),
         ("[training]\nbatch_size = nan", "training.batch_size must be an integer"),
         ("[loss]\nepsilon = nan", "epsilon"),
