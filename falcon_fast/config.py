@@ -44,6 +44,10 @@ STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
 class DataConfig:
     source: str = "folder"  # what reads the images: one of SOURCES
     path: str = ""  # where the images are; digits needs none
+    # Folder of the training images, relative to `path` (`.` for all of it); empty: found by its name (train, Training, ...).
+    train: str = ""
+    # Folder of the test images, relative to `path`; none: hold out a tenth; empty: found by its name (test, val, ...).
+    test: str = ""
     size: int = (
         0  # side of a view in pixels; 0: the size of the source (folder: 224, or less if the images are smaller)
     )

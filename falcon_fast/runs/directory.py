@@ -31,6 +31,8 @@ from falcon_fast.training.checkpoints import checkpoint
 CHANGEABLE = frozenset(
     {
         "data.path",
+        "data.train",
+        "data.test",
         "data.loader",
         "data.workers",
         "data.resident_mib",
