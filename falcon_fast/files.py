@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from falcon_fast.errors import WriteError
 
+LONGEST_NAME = 255  # bytes of a name in a directory, for the file systems of Linux
 REASONS = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room within your quota",
@@ -96,7 +98,10 @@ def written_whole(path: Path, need: int | None = None, synchronised: bool = True
     Raises:
         WriteError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    ending = f".{os.getpid()}.partial"
+    partial = path.with_name(f".{path.name}{ending}")
+    if len(os.fsencode(partial.name)) > LONGEST_NAME:
+        partial = path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{ending}")
     try:
         with writing(path, need):
             partial.unlink(missing_ok=True)  # in the run directory of a stranger it may be a link to any file

@@ -21,16 +21,28 @@ def data() -> None:
 
 
 def _folder(path: Path) -> tuple[Path, list[Path]]:
-    """Return the folder that the user named, as an absolute path, and its image files. Raises UsageError if there are none."""
-    from falcon_fast.data.sources.folders import EXTENSIONS, image_paths
+    """Return the folder that the user named, as an absolute path, and its image files.
+
+    Files that are no images are counted on stderr. Raises UsageError if there is no image.
+    """
+    from falcon_fast.data.sources.folders import EXTENSIONS, image_paths, left_out_by_name
     from falcon_fast.data.sources.images import shown
+    from falcon_fast.data.sources.layout.archives import but, describe_file
+    from falcon_fast.data.sources.layout.tree import walk
 
     root = Path(os.path.abspath(os.path.expanduser(path)))
     if not root.is_dir():
-        raise UsageError(f"{shown(root)}: " + ("not a folder" if root.exists() else "no such path"))
-    paths = image_paths(root)
+        raise UsageError(f"{shown(root)}: {describe_file(root) if root.exists() else 'no such path'}")
+    try:
+        top = walk(root)
+    except OSError as error:
+        raise UsageError(f"{shown(root)}: {error.strerror or error}") from None
+    paths = image_paths(top)
     if not paths:
-        raise UsageError(f"{shown(root)}: no image in it (looked for {' '.join(sorted(EXTENSIONS))})")
+        looked = f" (looked for {' '.join(sorted(EXTENSIONS))})"
+        raise UsageError(f"{shown(root)}: no image in it{but(top) or looked}")
+    for line in left_out_by_name([top]):
+        click.echo(line, err=True)
     return root, paths
 
 

@@ -60,6 +60,10 @@ def fixed(default: T) -> T:
 class DataConfig:
     source: str = fixed("folder")  # what reads the images: one of SOURCES
     path: str = free("")  # where the images are; digits needs none
+    # Folder of the training images, relative to `path` (`.` for all of it); empty: found by its name (train, Training, ...).
+    train: str = free("")
+    # Folder of the test images, relative to `path`; none: hold out a tenth; empty: found by its name (test, val, ...).
+    test: str = free("")
     # side of a view in pixels; 0: the size of the source (folder: 224, or less if the images are smaller)
     size: int = fixed(0)
     augmentation: str = asked("imagenet-asymmetric")

@@ -13,7 +13,7 @@ import torch
 
 from falcon_fast.config import Config, load_config, nearest
 from falcon_fast.data.loaders.workers import auto_workers
-from falcon_fast.data.sources.opening import open_source
+from falcon_fast.data.sources.opening import open_other, open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.evaluation.protocol import evaluate_network
@@ -119,7 +119,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a trained network on its own data, or on the images at the path `data`.
 
-    Other images are resized to the side of the network's own, and normalised with the same mean and std.
+    Other images may be any folder, or the original files of a small data set, whatever the network was trained on. They are
+    resized to the side of the network's own, normalised with the same mean and std, and judged by their own labels. Without
+    labels there are only the collapse checks.
 
     Args:
         say: takes lines for the user.
@@ -134,11 +136,12 @@ def evaluate(
     if protocol not in PROTOCOLS:
         raise UsageError(f"unknown --protocol {protocol!r}: {nearest(protocol, PROTOCOLS)}")
     config = trained.config
-    if data is not None:
-        kind = "folder" if config.data.source == "digits" else config.data.source
+    if data is None:
+        source = open_source(config.data)
+    else:
         path = os.path.abspath(os.path.expanduser(data))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=kind, path=path))
-    source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
+        source = open_other(path, config.data.size, config.data.source)
+    source = dataclasses.replace(source, mean=trained.mean, std=trained.std)
     for note in (*trained.notes, *source.notes):
         say(note)
     if protocol == "published":  # before the evaluation, which may take long

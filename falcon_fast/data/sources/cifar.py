@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.layout.explicit import Chosen
 from falcon_fast.data.sources.pickled_arrays import read_pickled_arrays
 from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
@@ -108,42 +109,64 @@ def _labels(found: Any) -> np.ndarray:
 
 def _original(kind: _Cifar, root: Path) -> tuple[Path, Split, Split] | None:
     """Return the folder of the original files (`root`, or the archive's folder in it) and both splits; None if there are none."""
+    if (found := _place(kind, root)) is None:
+        return None
+    place, suffix = found
+    train = _original_batches(kind, place, [f"{name}{suffix}" for name in kind.train])
+    return place, train, _original_batches(kind, place, [f"{kind.test}{suffix}"])
+
+
+def _place(kind: _Cifar, root: Path) -> tuple[Path, str] | None:
+    """Return the folder of the original files and their extension; None if there are none."""
     for inner, suffix in ((kind.binary, ".bin"), (kind.python, "")):
         for place in (root, root / inner):
             if (place / f"{kind.train[0]}{suffix}").is_file():
-                train = _original_batches(kind, place, [f"{name}{suffix}" for name in kind.train])
-                return place, train, _original_batches(kind, place, [f"{kind.test}{suffix}"])
+                return place, suffix
     return None
 
 
-def _open(kind: _Cifar, root: Path, size: int, classes: Any, files: str) -> Source:
+def holds_cifar10(root: Path) -> bool:
+    """Check whether the original files of CIFAR-10 are in a folder. They are not opened."""
+    return _place(_CIFAR10, root) is not None
+
+
+def holds_cifar100(root: Path) -> bool:
+    """Check whether the original files of CIFAR-100 are in a folder. They are not opened."""
+    return _place(_CIFAR100, root) is not None
+
+
+def _open(kind: _Cifar, root: Path, size: int, classes: Any, files: str, chosen: Chosen | None) -> Source:
     notes: tuple[str, ...] = ()
     if found := _original(kind, root):
         place, train, test = found
         names = classes(place)
     else:
-        train, test, names, notes = open_small_folders(root, kind.name, kind.classes, files)
+        train, test, names, notes = open_small_folders(root, kind.name, kind.classes, files, chosen)
     parts = [split.images.pixels.tobytes() for split in (train, test)]  # type: ignore[attr-defined]
     parts += [split.labels.tobytes() for split in (train, test) if split.labels is not None]
     return Source(train, test, names, size, kind.mean, kind.std, fingerprint(parts), notes)
 
 
-def open_cifar10(root: Path, size: int) -> Source:
+def open_cifar10(root: Path, size: int, chosen: Chosen | None = None) -> Source:
     """Open CIFAR-10 in any of its forms, with views of `size` pixels a side.
 
+    chosen: the folders of the splits where the user names them; the original files need none.
+
     Raises:
         UsageError: `root` holds none of these forms, or a file is damaged.
     """
-    return _open(_CIFAR10, root, size, lambda place: CIFAR10_CLASSES, "data_batch_1 ...")
+    return _open(_CIFAR10, root, size, lambda place: CIFAR10_CLASSES, "data_batch_1 ...", chosen)
 
 
-def open_cifar100(root: Path, size: int) -> Source:
+def open_cifar100(root: Path, size: int, chosen: Chosen | None = None) -> Source:
     """Open CIFAR-100 with its hundred fine classes, in any of its forms, with views of `size` pixels a side.
 
+    chosen: the folders of the splits where the user names them; the original files need none.
+
     Raises:
         UsageError: `root` holds none of these forms, or a file is damaged.
     """
-    return _open(_CIFAR100, root, size, _fine_names, "train and test")
+    return _open(_CIFAR100, root, size, _fine_names, "train and test", chosen)
 
 
 def _fine_names(place: Path) -> tuple[str, ...]:

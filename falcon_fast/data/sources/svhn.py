@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from falcon_fast.data.sources.images import ImageArray, Source, Split, fingerprint, shown
+from falcon_fast.data.sources.layout.explicit import Chosen
 from falcon_fast.data.sources.matlab import read_matlab_arrays
 from falcon_fast.data.sources.small_folders import open_small_folders
 from falcon_fast.errors import UsageError
@@ -36,19 +37,29 @@ def _read(path: Path) -> Split:
     return Split(ImageArray(np.ascontiguousarray(pixels)), labels.astype(np.int64) % 10)
 
 
-def open_svhn(root: Path, size: int) -> Source:
+def holds_svhn(root: Path) -> bool:
+    """Check whether an original file of SVHN is in a folder. It is not opened."""
+    return any(file.is_file() for file in _files(root))
+
+
+def _files(root: Path) -> list[Path]:
+    return [root / f"{split}_32x32.mat" for split in ("train", "test")]
+
+
+def open_svhn(root: Path, size: int, chosen: Chosen | None = None) -> Source:
     """Open SVHN in either form, with views of `size` pixels a side. `extra_32x32.mat` is not used.
+
+    chosen: the folders of the splits where the user names them; the original files need none.
 
     Raises:
         UsageError: `root` holds neither form, or a file is damaged.
     """
     notes: tuple[str, ...] = ()
-    files = [root / f"{split}_32x32.mat" for split in ("train", "test")]
-    if any(file.is_file() for file in files):
-        train, test = map(_read, files)
+    if holds_svhn(root):
+        train, test = map(_read, _files(root))
         names = SVHN_CLASSES
     else:
-        train, test, names, notes = open_small_folders(root, "SVHN", 10, "train_32x32.mat and test_32x32.mat")
+        train, test, names, notes = open_small_folders(root, "SVHN", 10, "train_32x32.mat and test_32x32.mat", chosen)
     parts = [split.images.pixels.tobytes() for split in (train, test)]  # type: ignore[attr-defined]
     parts += [split.labels.tobytes() for split in (train, test) if split.labels is not None]
     return Source(train, test, names, size, SVHN_MEAN, SVHN_STD, fingerprint(parts), notes)
