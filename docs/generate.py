@@ -40,6 +40,7 @@ CHOICES = {
     "data.loader": config.LOADERS,
     "data.photometric": config.PHOTOMETRIC,
     "model.stem": config.STEMS,
+    "model.initialisation": config.INITIALISATIONS,
     "loss.codes": config.DICTIONARIES,
     "loss.activation": ACTIVATIONS,
     "loss.prior": PRIORS,

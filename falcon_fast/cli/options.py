@@ -21,6 +21,7 @@ OPTION_KEYS = {
     "accumulate": "training.accumulate",
     "precision": "training.precision",
     "optimizer": "optimizer.name",
+    "lr": "optimizer.lr",
     "compile": "training.compile",
     "cuda_graph": "training.cuda_graph",
     "codes": "loss.codes",
@@ -81,6 +82,12 @@ _OPTIONS = (
         show_default=FROM_RECIPE,
     ),
     click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars.", show_default=FROM_RECIPE),
+    click.option(
+        "--lr",
+        type=float,
+        help="Peak learning rate, whatever the batch size; a recipe's own rates are multiplied by batch size / its batch size.",
+        show_default=FROM_RECIPE,
+    ),
     click.option(
         "--compile/--no-compile",
         default=None,
@@ -168,11 +175,37 @@ def default_recipe(recipe: str | None, overrides: Mapping[str, Any]) -> str:
     return recipe or ("folder" if "data.path" in overrides else "digits")
 
 
-def configured(recipe: str | None, overrides: Mapping[str, Any]) -> Config:
+def configured(recipe: str | None, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Config:
     """Return the configuration of a recipe (by default digits, or folder if there is a data.path) with some settings changed.
+
+    The recipe's learning rates, of network and probe, are scaled with the batch size, except for those that are given.
+
+    Args:
+        overrides: `section.key` to value.
+        say: takes a line for the user if the batch size changes a learning rate.
 
     Raises:
         UsageError: the recipe or a setting is unknown, or a value is out of range.
     """
     config = load_recipe(default_recipe(recipe, overrides))
-    return validate(override(config, overrides))
+    rates = scaled_rates(config, overrides)
+    changed = validate(override(config, {**rates, **overrides}))
+    if rates and say is not None:
+        names = {"optimizer.lr": ("learning rate", config.optimizer.lr), "probe.lr": ("the probe's", config.probe.lr)}
+        parts = (f"{name} {rates[key]:g} instead of {old:g}" for key, (name, old) in names.items() if key in rates)
+        batch, usual = changed.training.batch_size, config.training.batch_size
+        say(f"batch size {batch} instead of the recipe's {usual}: {', '.join(parts)} (--lr sets another)")
+    return changed
+
+
+def scaled_rates(recipe: Config, overrides: Mapping[str, Any]) -> dict[str, float]:
+    """Return the learning rates that a recipe has at the batch size in `overrides`; nothing if it is the recipe's own.
+
+    They are proportional to the batch size over all devices, as in the published code (1e-3 batch x devices / 256 for the
+    network, 0.1 batch x devices / 256 for the probe). Rates that `overrides` sets are left out: those are absolute.
+    """
+    batch, usual = overrides.get("training.batch_size"), recipe.training.batch_size
+    if type(batch) is not int or batch < 1 or batch == usual:
+        return {}
+    rates = {"optimizer.lr": recipe.optimizer.lr, "probe.lr": recipe.probe.lr}
+    return {key: rate * batch / usual for key, rate in rates.items() if key not in overrides}

@@ -18,6 +18,7 @@ from falcon_fast.config.differences import (
 from falcon_fast.config.settings import (
     DICTIONARIES,
     IMPLEMENTATIONS,
+    INITIALISATIONS,
     LOADERS,
     OPTIMIZERS,
     PARAM_DTYPES,
@@ -47,6 +48,7 @@ from falcon_fast.config.validation import validate
 __all__ = [
     "DICTIONARIES",
     "IMPLEMENTATIONS",
+    "INITIALISATIONS",
     "LOADERS",
     "OPTIMIZERS",
     "PARAM_DTYPES",

@@ -13,7 +13,7 @@ from falcon_fast.errors import UsageError
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint for a mistyped name: the nearest valid name, or all valid names if none is near and they are few."""
-    valid = sorted(valid)
+    valid, name = sorted(valid), name[:80]
     few = len(valid) <= 12
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5 if few else 0.0)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(valid)}"
@@ -31,11 +31,19 @@ def checked(key: str, value: Any, kind: type) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {value!r}")
+        raise UsageError(f"{key} must be {_KIND_NAMES[kind]}, not {shown(value)}")
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         # A file name that is not UTF-8 arrives with surrogates, which a TOML file cannot hold.
         raise UsageError(f"{key} must be UTF-8 text, not {value!r}: rename the folder or link to it")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: on one line of at most 80 characters."""
+    if isinstance(value, Mapping | list):  # one may be large or deep, or hold an integer that is too long to be printed
+        return "a table" if isinstance(value, Mapping) else "a list"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

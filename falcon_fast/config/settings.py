@@ -27,6 +27,7 @@ STRATEGIES = ("auto", "single", "ddp", "fsdp")
 PARAM_DTYPES = ("float32", "bfloat16")
 PRIOR_SCOPES = ("global", "local")
 STEMS = ("auto", "cifar", "cifar-padded", "imagenet")
+INITIALISATIONS = ("timm", "torchvision")
 
 
 T = TypeVar("T")
@@ -59,6 +60,10 @@ def fixed(default: T) -> T:
 class DataConfig:
     source: str = fixed("folder")  # what reads the images: one of SOURCES
     path: str = free("")  # where the images are; digits needs none
+    # Folder of the training images, relative to `path` (`.` for all of it); empty: found by its name (train, Training, ...).
+    train: str = free("")
+    # Folder of the test images, relative to `path`; none: hold out a tenth; empty: found by its name (test, val, ...).
+    test: str = free("")
     # side of a view in pixels; 0: the size of the source (folder: 224, or less if the images are smaller)
     size: int = fixed(0)
     augmentation: str = asked("imagenet-asymmetric")
@@ -79,6 +84,9 @@ class ModelConfig:
     width: int = fixed(32)  # channels in the first stage of resnet8, which has four times as many features
     # Stem of a ResNet; auto: cifar up to 64 px, else imagenet; cifar-padded: conv1 with padding 2, as published.
     stem: str = fixed("auto")
+    # Initial weights. timm: the last BatchNorm scale of each residual block is 0; torchvision: it is 1, and a CIFAR stem has
+    # torch's default of a convolution, as published (ResNets of torchvision only).
+    initialisation: str = fixed("timm")
 
 
 @dataclass(frozen=True)
@@ -133,12 +141,16 @@ class TrainingConfig:
     cuda_graph: bool = free(False)  # launch the whole step as one CUDA graph, on one GPU
     seed: int = fixed(0)
     device: str = free("auto")  # auto, cpu, cuda or cuda:N; auto: the GPU if there is one
+    # Threads of a CPU's operations; 0: OMP_NUM_THREADS, or else as many as other programs leave free while training.
+    threads: int = free(0)
     strategy: str = free("auto")  # single, ddp or fsdp; auto: ddp where torchrun started several processes, else single
     # BatchNorm's statistics are computed over all processes; if false, over each process's own share, which saves one all-reduce
     # for each layer.
     sync_batchnorm: bool = asked(True)
     # run directory whose newest checkpoint gives the network its initial weights; empty: random weights
     init_from: str = fixed("")
+    # Steps in a row whose loss or gradient is not finite, after which the run ends; such a step changes nothing.
+    max_bad_steps: int = free(10)
     timeout: int = free(600)  # seconds that a process waits in a step for another process before it gives up
 
 

@@ -10,10 +10,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from falcon_fast.config.assignments import checked, nearest
+from falcon_fast.config.assignments import checked, nearest, shown
 from falcon_fast.config.settings import SECTIONS, Config
 from falcon_fast.config.validation import validate
 from falcon_fast.errors import UsageError
+from falcon_fast.reading import read_toml
+
+LARGEST_CONFIG = 2**16  # bytes of a config.toml: the settings take 2 KB, and a path 4 KB
 
 
 def recipe_names() -> list[str]:
@@ -50,11 +53,11 @@ def load_config(path: Path) -> Config:
         UsageError: the file is missing or not valid.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = read_toml(path, LARGEST_CONFIG)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"cannot read the settings in {path.parent}: {error}") from None
     return validate(config_from(_translated(tables), where=str(path)))
 
 
@@ -66,7 +69,9 @@ def _translated(tables: dict[str, Any]) -> dict[str, Any]:
     training = dict(training)
     amp, precision = checked("training.amp", training.pop("amp"), bool), training.get("precision", "auto")
     if amp and precision not in ("auto", "bf16"):
-        raise UsageError(f"training.amp = true and training.precision = {precision!r} conflict: remove training.amp")
+        raise UsageError(
+            f"training.amp = true and training.precision = {shown(precision)} conflict: remove training.amp"
+        )
     if amp:
         training["precision"] = "bf16"
     return {**tables, "training": training}
@@ -81,21 +86,22 @@ def config_from(tables: Mapping[str, Any], where: str) -> Config:
         UsageError: a section or a setting is unknown, or a value has another type.
     """
     if not isinstance(tables, Mapping):
-        raise UsageError(f"{where}: the settings must be a table, not {tables!r}")
+        raise UsageError(f"{where}: the settings must be a table, not {shown(tables)}")
     values: dict[str, Any] = {}
     for section, table in tables.items():
         if section == "recipe":
             values[section] = checked("recipe", table, str)
             continue
         if section not in SECTIONS:
-            raise UsageError(f"{where}: unknown section {section!r}: {nearest(section, SECTIONS)}")
+            raise UsageError(f"{where}: unknown section {shown(section)}: {nearest(section, SECTIONS)}")
         if not isinstance(table, Mapping):
-            raise UsageError(f"{where}: {section} must be a table, [{section}], not {table!r}")
+            raise UsageError(f"{where}: {section} must be a table, [{section}], not {shown(table)}")
         cls = SECTIONS[section]
         types = get_type_hints(cls)
         for key in table:
             if key not in types:
-                raise UsageError(f"{where}: unknown key {section}.{key}: {nearest(key, types)}")
+                name = f"{section}.{key}" if key.isidentifier() else f"{shown(key)} in [{section}]"
+                raise UsageError(f"{where}: unknown key {name[:80]}: {nearest(key, types)}")
         values[section] = cls(**{key: checked(f"{section}.{key}", value, types[key]) for key, value in table.items()})
     return Config(**values)
 

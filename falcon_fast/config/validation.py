@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from falcon_fast.config.assignments import nearest
+from falcon_fast.config.assignments import nearest, shown
 from falcon_fast.config.settings import (
     DICTIONARIES,
     IMPLEMENTATIONS,
+    INITIALISATIONS,
     LOADERS,
     OPTIMIZERS,
     PARAM_DTYPES,
@@ -28,6 +29,7 @@ from falcon_fast.objective import temperature
 from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
+LARGEST_VIEW = 4096  # pixels a side; one image then takes 1 GB in a ResNet-18's stem
 FLOAT32 = 3.4e38  # largest number that float32 holds, in which losses and gradients are computed
 
 
@@ -44,6 +46,7 @@ def validate(config: Config) -> Config:
         ("data.loader", data.loader, LOADERS),
         ("data.photometric", data.photometric, PHOTOMETRIC),
         ("model.stem", model.stem, STEMS),
+        ("model.initialisation", model.initialisation, INITIALISATIONS),
         ("loss.codes", loss.codes, DICTIONARIES),
         ("loss.activation", loss.activation, ACTIVATIONS),
         ("loss.prior", loss.prior, PRIORS),
@@ -56,7 +59,7 @@ def validate(config: Config) -> Config:
         ("fsdp.param_dtype", config.fsdp.param_dtype, PARAM_DTYPES),
     ):
         if value not in valid:
-            raise UsageError(f"unknown {key} {value!r}: {nearest(value, valid)}")
+            raise UsageError(f"unknown {key} {shown(value)}: {nearest(value, valid)}")
     for key, number, least in (
         ("data.size", data.size, 0),
         ("data.workers", data.workers, -1),
@@ -76,6 +79,8 @@ def validate(config: Config) -> Config:
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulate", training.accumulate, 1),
         ("training.seed", training.seed, 0),
+        ("training.threads", training.threads, 0),
+        ("training.max_bad_steps", training.max_bad_steps, 1),
         ("training.timeout", training.timeout, 1),
         ("log.every_steps", log.every_steps, 1),
         ("log.evaluate_epochs", log.evaluate_epochs, 0),
@@ -85,7 +90,7 @@ def validate(config: Config) -> Config:
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
     for key, number, most in (
-        ("data.size", data.size, 2**14),
+        ("data.size", data.size, LARGEST_VIEW),
         ("data.workers", data.workers, 2**10),
         ("data.resident_mib", data.resident_mib, 2**30),
         ("data.max_bad_fraction", data.max_bad_fraction, 1),
@@ -96,6 +101,7 @@ def validate(config: Config) -> Config:
         ("loss.memory_budget", loss.memory_budget, 2**30),
         ("training.epochs", training.epochs, 10**8),
         ("training.batch_size", training.batch_size, 2**31),
+        ("training.threads", training.threads, 2**10),
         ("training.timeout", training.timeout, 31_536_000),
         *((f"{section}.{f.name}", getattr(getattr(config, section), f.name), FLOAT32) for section, f in _floats()),
     ):

@@ -18,13 +18,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from falcon_fast.config import Config, dump_config
 from falcon_fast.errors import UsageError
+from falcon_fast.files import written_whole
 from falcon_fast.runs.lock import NAME as LOCK
 from falcon_fast.runs.lock import RunLock
 from falcon_fast.training.checkpoints.selection import candidates
@@ -144,13 +144,17 @@ def state_of(path: Path) -> State:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON completely or not at all. NaN and infinity become null, which every JSON reader accepts."""
+    """Write JSON completely or not at all. NaN and infinity become null, which every JSON reader accepts.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
 
     def plain(x: Any) -> Any:
         if isinstance(x, dict):
             return {k: plain(v) for k, v in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(plain(value), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(plain(value), indent=1) + "\n"
+    with written_whole(path, len(text)) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +11,20 @@ from typing import Any
 
 import torch
 
-from falcon_fast.config import Config, load_config
+from falcon_fast.config import Config, load_config, nearest
 from falcon_fast.data.loaders.workers import auto_workers
-from falcon_fast.data.sources.opening import open_source
+from falcon_fast.data.sources.opening import open_other, open_source
 from falcon_fast.data.views.augmentation import augmentation
+from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.evaluation.protocol import evaluate_network
+from falcon_fast.evaluation.published import check_published, published_nmi
 from falcon_fast.evaluation.report import plot_curves
+from falcon_fast.files import written_whole
 from falcon_fast.hardware.devices import find_device
+from falcon_fast.models.exported import TrainedBackbone, backbone_metadata, load_backbone
 from falcon_fast.models.network import FalconNetwork, build_codes, build_network
 from falcon_fast.objective.codes import Codes
+from falcon_fast.reading import one_line
 from falcon_fast.runs.directory import check_is_directory, write_json
 from falcon_fast.runs.resuming import fitting, trained_settings
 from falcon_fast.training.averaging import WeightAverage
@@ -47,7 +51,20 @@ class Trained:
     notes: tuple[str, ...] = ()
 
 
-def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
+def load_trained(path: str | os.PathLike[str], device: str = "auto") -> Trained | TrainedBackbone:
+    """Return what a run has learned, on `device` (auto, cpu, cuda or cuda:N).
+
+    Args:
+        path: a run directory, for the network at its newest checkpoint (`load_run`), or a `backbone.safetensors`, for the
+            backbone alone. The file needs nothing else.
+
+    Raises:
+        UsageError: there is nothing at `path`, or it is damaged, or there is no such device.
+    """
+    return load_backbone(path, find_device(device)) if Path(path).is_file() else load_run(path, device)
+
+
+def load_run(directory: str | os.PathLike[str], device: str = "auto") -> Trained:
     """Return the network of the run in `directory` at its newest whole checkpoint, on `device` (auto, cpu, cuda or cuda:N).
 
     Raises:
@@ -59,8 +76,10 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
     place = find_device(device)
     selected = fitting(directory, edited)
     config, edits = trained_settings(selected, edited)
-    network = build_network(config, config.data.size)
     path, facts = selected.path, selected.facts
+    if "mean" not in facts or "std" not in facts:
+        raise UsageError(f"checkpoint {path} is damaged (run.json names no mean or std): use another run")
+    network = _network_of(config, directory, path)
     if config.optimizer.ema_decay:  # the averaged weights are evaluated and used
         average = WeightAverage(network, config.optimizer.ema_decay)
         checkpoint.load(path, network, extra={f"average.{name}": tensor for name, tensor in average.state().items()})
@@ -73,30 +92,65 @@ def load_trained(directory: str | os.PathLike[str], device: str = "auto") -> Tra
     return Trained(config, network.eval(), build_codes(config).to(place), mean, std, place, notes)
 
 
-def evaluate(trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None]) -> dict[str, Any]:
+def _network_of(config: Config, directory: Path, path: Path) -> FalconNetwork:
+    """Return the network that `config` describes, after checking that checkpoint `path` holds such a one.
+
+    The check is made on the meta device, where a network takes no memory: the config.toml of a stranger may ask for any size, and
+    what the checkpoint holds is no larger than its files.
+    """
+    try:
+        with torch.device("meta"):
+            outline = build_network(config, config.data.size)
+    except UsageError:
+        raise
+    except Exception as error:  # torch raises many types where a number is too large
+        raise UsageError(
+            f"{directory / 'config.toml'} describes a network that cannot be built ({one_line(error)})"
+        ) from None
+    checkpoint.check_network(path, outline)
+    return build_network(config, config.data.size)
+
+
+PROTOCOLS = ("standard", "published")
+
+
+def evaluate(
+    trained: Trained, data: str | os.PathLike[str] | None, say: Callable[[str], None], protocol: str = "standard"
+) -> dict[str, Any]:
     """Evaluate a trained network on its own data, or on the images at the path `data`.
 
-    Other images are resized to the side of the network's own, and normalised with the same mean and std.
+    Other images may be any folder, or the original files of a small data set, whatever the network was trained on. They are
+    resized to the side of the network's own, normalised with the same mean and std, and judged by their own labels. Without
+    labels there are only the collapse checks.
 
     Args:
         say: takes lines for the user.
+        protocol: standard: everything in evaluation mode; published: also the NMI of the codes as the published code measures it.
 
     Returns:
-        The figures that result.json holds.
+        The figures that result.json holds, and with the published protocol `published` (`published_nmi`).
 
     Raises:
-        UsageError: the data cannot be opened.
+        UsageError: the data cannot be opened, the protocol is unknown or does not fit the data.
     """
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"unknown --protocol {protocol!r}: {nearest(protocol, PROTOCOLS)}")
     config = trained.config
-    if data is not None:
-        kind = "folder" if config.data.source == "digits" else config.data.source
+    if data is None:
+        source = open_source(config.data)
+    else:
         path = os.path.abspath(os.path.expanduser(data))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=kind, path=path))
-    source = dataclasses.replace(open_source(config.data), mean=trained.mean, std=trained.std)
+        source = open_other(path, config.data.size, config.data.source)
+    source = dataclasses.replace(source, mean=trained.mean, std=trained.std)
     for note in (*trained.notes, *source.notes):
         say(note)
+    if protocol == "published":  # before the evaluation, which may take long
+        check_published(source)
     workers = config.data.workers if config.data.workers >= 0 else auto_workers(augmentation(config.data.augmentation))
-    return evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
+    result = evaluate_network(config, trained.network, trained.codes, source, trained.device, workers, say)
+    if protocol == "published":
+        result["published"] = published_nmi(trained.network, trained.codes, source, trained.device, workers)
+    return result
 
 
 def final_network(run: Run) -> FalconNetwork:
@@ -122,6 +176,9 @@ def finish(
 
     Returns:
         The figures that result.json holds.
+
+    Raises:
+        WriteError: result.json or backbone.safetensors cannot be written. (Without a picture the run is finished, too.)
     """
     from safetensors.torch import save_file
 
@@ -130,16 +187,15 @@ def finish(
     result |= {"seconds": seconds, "images_per_second": images / seconds if seconds > 0 else 0.0}
     if run.changes:
         result["changes"] = run.changes
-    plot_curves(directory / "metrics.csv", directory / "curves.png")
+    try:
+        plot_curves(directory / "metrics.csv", directory / "curves.png")
+    except WriteError as error:  # the picture can be drawn again, and the figures matter more
+        say(f"no picture of the curves: {error}")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
-    partial = directory / ".backbone.safetensors.partial"
-    metadata = {
-        "model": run.config.model.name,
-        "image_size": str(run.source.size),
-        "mean": json.dumps(run.source.mean),
-        "std": json.dumps(run.source.std),
-    }
-    save_file(weights, partial, metadata=metadata)
-    partial.replace(directory / "backbone.safetensors")
+    source = run.source
+    metadata = backbone_metadata(run.config.model, network.backbone, source.size, source.mean, source.std)
+    size = sum(tensor.nbytes for tensor in weights.values())
+    with written_whole(directory / "backbone.safetensors", size) as partial:
+        save_file(weights, partial, metadata=metadata)
     write_json(directory / "result.json", result)  # written last, because a run with a result.json is a finished run
     return result

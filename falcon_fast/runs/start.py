@@ -175,7 +175,13 @@ def _write_change(directory: Path, config: Config, extends: int | None) -> tuple
 
 
 def how_to_continue(directory: Path) -> str:
-    """Return the line that tells how a stopped run is continued."""
+    """Return the line that tells what a stopped run has kept, and how it is continued."""
+    if (directory / "result.json").exists():
+        return f"stopped; {directory} is finished: its figures are in {directory / 'result.json'}"
     if checkpoint.complete(directory / "checkpoints"):  # a second Ctrl-C does not wait for the first checkpoint
         return f"stopped; continue with: falcon-fast train --resume {directory}"
-    return "stopped; no checkpoint had been written"
+    return (
+        f"stopped; no checkpoint had been written: begin again with the same options, --run-dir {directory} and --continue"
+        if directory.exists()
+        else "stopped before anything was written"
+    )

@@ -21,6 +21,7 @@ from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import Augmentation, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.hardware.cuda import installed, mismatches
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.hardware.host_memory import is_out_of_memory
 from falcon_fast.hardware.precision import Precision, choose_precision
@@ -104,6 +105,7 @@ class Run:
             config.optimizer.clip_norm,
             WeightAverage(self.network, config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
             compiled,
+            self.processes.group,
         )
 
     @property
@@ -174,8 +176,12 @@ class Run:
         """
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         training, model, loss = self.config.training, self.config.model, self.config.loss
+        start = (
+            "" if model.initialisation == "timm" else f"initialised as {model.initialisation}, "
+        )  # old ones say nothing
+        shape = f"{model.name}, width {model.width}, stem {model.stem}"
         return {
-            "model": f"{model.name}, width {model.width}, stem {model.stem}, {loss.activation} to f = {loss.embedding_dim}",
+            "model": f"{shape}, {start}{loss.activation} to f = {loss.embedding_dim}",
             "optimizer": self.config.optimizer.name,
             "precision": self.precision.name,
             "data": self.source.fingerprint,
@@ -224,6 +230,10 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     """Build the parts of a run, except those that the processes build together."""
     device = find_device(config.training.device)
     precision, notes = choose_precision(config.training, device)
+    if (
+        device.type == "cpu" and config.training.device == "auto"
+    ):  # a GPU that cannot be used must not be passed over in silence
+        notes += tuple(f"training on the CPU: {line}" for line in mismatches(installed()) if "torch" in line)
     recipe = augmentation(config.data.augmentation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training

@@ -154,8 +154,9 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(name, tmp_path, monkeypa
 
 def test_a_diverging_run_exits_with_one_line(tmp_path, falcon_fast):
     code, _, err = falcon_fast("train", *TINY, "--set", "optimizer.lr=1e30", "--run-dir", tmp_path / "run")
-    assert code == 1
-    assert "not finite at step" in err and len(err.strip().splitlines()) == 1
+    assert code == 4
+    assert "not finite at steps 2 to 11" in err and len(err.strip().splitlines()) == 1
+    assert "falcon-fast replay" in err and "positions" in err
     assert not (tmp_path / "run" / "result.json").exists()
 
 

@@ -21,7 +21,9 @@ from falcon_fast.config import (
     recipe_names,
     validate,
 )
+from falcon_fast.errors import UsageError
 
+from ..fuzz import COUNTS, MIB, fuzz
 from .lines import load_text, one_line
 
 
@@ -121,7 +123,7 @@ def test_a_config_toml_that_cannot_be_read(tmp_path: Path) -> None:
     assert "No such file" in one_line(load_config, tmp_path / "none.toml")
     assert "directory" in one_line(load_config, tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'recipe = "caf\xe9"')
-    assert "not valid TOML" in one_line(load_config, tmp_path / "latin.toml")
+    assert "latin.toml is not UTF-8 text: byte 13 is 0xe9" in one_line(load_config, tmp_path / "latin.toml")
 
 
 def test_an_integer_passes_for_a_number_and_stays_one(tmp_path: Path) -> None:
@@ -169,3 +171,42 @@ def test_a_config_that_holds_amp_is_read_as_the_precision_that_it_meant(lines: s
 def test_a_config_that_contradicts_itself_is_one_line(tmp_path: Path) -> None:
     message = one_line(load_text, tmp_path, '[training]\namp = true\nprecision = "fp16"')
     assert "training.amp" in message and "'fp16'" in message and "conflict" in message
+
+
+# ---- a config.toml that somebody else wrote ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = " + "[" * 50_000, "nested too deeply"),
+        ("a." * 1000 + "a = 1", "has a line of more than 512 dots"),
+        ("# " + "x" * 70_000, "but at most 65,536 are read"),
+        ("x = " + "9" * 5000, "not valid TOML"),
+        ("[training]\nseed = 0x" + "f" * 5000, "training.seed must fit into 64 bits"),
+        ("training = [0x" + "f" * 5000 + "]", "training must be a table, .*not a list"),
+        ("[training]\nseed = {a = 1}", "training.seed must be an integer, not a table"),
+        ('[data]\nsize = "' + "x" * 1000 + '"', r"data.size must be an integer, not 'x{75} \.\.\."),
+        ('[data]\n"a\\nb" = 1', r"unknown key 'a\\nb' in \[data\]"),
+        ('["' + "x" * 10_000 + '"]', r"unknown section 'x+ \.\.\."),
+        ("[data]\nsize = 100000", "data.size must be at most 4096, not 100000"),
+        ("[data]\nsize = 1\nsize = 2", "not valid TOML"),
+        ("[training]\nbatch_size = nan", "training.batch_size must be an integer"),
+        ("[loss]\nepsilon = nan", "epsilon"),
+        ("[loss]\nbeta = inf", "loss.beta must be at least 0, not inf"),
+        ('recipe = "\x00"', "not valid TOML"),
+    ],
+    ids=lambda value: f"{value[:30]!r}-{len(value)}",
+)
+def test_a_hostile_config_is_one_short_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_text(tmp_path, text)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_mutations_are_read_or_refused_in_one_line(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(load_recipe("cifar10")))
+    outcome = fuzz(lambda: load_config(path), [path], count, name="config.toml", memory=96 * MIB)
+    assert outcome.refused > count // 4

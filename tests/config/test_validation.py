@@ -51,6 +51,7 @@ def test_the_least_value_is_valid_and_what_is_below_is_not(name: str) -> None:
 CHOICES = {
     "data.source": ("digits", "cifar10", "folder"),
     "model.stem": ("auto", "cifar", "cifar-padded", "imagenet"),
+    "model.initialisation": ("timm", "torchvision"),
     "loss.codes": ("rademacher", "hadamard"),
     "loss.activation": ("tanh", "l2"),
     "loss.prior": ("reverse", "forward"),

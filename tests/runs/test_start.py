@@ -137,9 +137,14 @@ def test_a_resumed_run_has_its_own_settings(tmp_path):
 
 
 def test_a_stopped_run_says_how_to_continue_it_if_it_can_be(tmp_path):
-    assert start.how_to_continue(tmp_path) == "stopped; no checkpoint had been written"
+    assert start.how_to_continue(tmp_path / "none") == "stopped before anything was written"
+    line = start.how_to_continue(tmp_path)
+    assert line.startswith("stopped; no checkpoint had been written: begin again")
+    assert f"--run-dir {tmp_path} and --continue" in line
     path = tmp_path / "checkpoints" / "step-00000003"
     path.mkdir(parents=True)
     for name in ("index.json", "run.json"):
         (path / name).touch()
     assert start.how_to_continue(tmp_path).endswith(f"continue with: falcon-fast train --resume {tmp_path}")
+    (tmp_path / "result.json").touch()
+    assert f"{tmp_path} is finished" in start.how_to_continue(tmp_path)

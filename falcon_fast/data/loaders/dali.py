@@ -18,7 +18,6 @@ new pipeline starts at the same step.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,11 +30,13 @@ from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.dali_files import bitmap, encoded
 from falcon_fast.data.loaders.dali_pipeline import build_pipeline, regions, whole_image
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
+from falcon_fast.data.sources.changes import changes_of
 from falcon_fast.data.sources.images import ImageFiles, Split, header_size, reason_of
 from falcon_fast.data.views.crops_cpu import resized_crops
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.errors import TrainingError
+from falcon_fast.hardware.processors import usable_threads
 
 READ_AHEAD = 4  # steps, one thread each; reading several files at once helps on a slow or remote disk
 
@@ -49,6 +50,7 @@ class _EncodedBatch(NamedTuple):
     sizes: np.ndarray  # int64 (n, 2), width and height
     boxes: np.ndarray  # int64 (2, n, 4), of both views
     found: dict[int, str]
+    changed: dict[int, str]  # images whose files have changed since the run began
 
 
 class _Feeder:
@@ -93,14 +95,14 @@ class _Loader:
     ) -> None:
         assert isinstance(split.images, ImageFiles) and clock.augmentation.crop is not None
         self.rule = clock.augmentation.crop
-        self.paths = split.images.paths
+        self.images, self.paths = split.images, split.images.paths
         self.sizes = split.images.sizes or tuple(map(header_size, self.paths))
         self.labels, self.clock, self.size, self.device = split.labels, clock, size, device
         self.rank, self.world, self.quarantine = rank, world, quarantine
         self.bad = dict(quarantine.bad)
         # Images that DALI cannot decode, or decodes to another size than the header says.
         self.by_pillow: set[int] = set()
-        self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
+        self.threads = min(16, usable_threads())
         self.croppers = ThreadPoolExecutor(self.threads, thread_name_prefix="falcon-fast-crop")
 
     def prepare(self, step: int) -> _EncodedBatch | dict[int, str]:
@@ -116,7 +118,8 @@ class _Loader:
         sizes = np.array([size for _, size in share.images], np.int64)
         files = [data for data, _ in share.images]
         boxes = np.stack([crop_boxes(plan.geometry[view], sizes[:, 1], sizes[:, 0], self.rule) for view in range(2)])
-        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.found)
+        changed = changes_of(self.images, share.indices)
+        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.found, changed)
 
     def pipeline(self, source: Any) -> Any:
         """Build a pipeline that takes its files from `source`."""
@@ -141,6 +144,7 @@ class _Loader:
                 for index, reason in list((self.bad if isinstance(prepared, dict) else prepared.found).items()):
                     self.quarantine.add(index, reason)
                 assert isinstance(prepared, _EncodedBatch)  # otherwise the quarantine has raised
+                self.quarantine.changes.add(prepared.changed)
                 found = np.from_dlpack(shapes.as_tensor())[:, 1::-1]
                 changed = (found != prepared.sizes).any(1)
                 if changed.any():  # the file has changed since its header was read

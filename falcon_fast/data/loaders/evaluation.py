@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
+from falcon_fast.data.loaders.shared_memory import handed_over, received
+from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
 from falcon_fast.data.sources.images import Images, Split, reason_of
 from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.errors import UsageError
@@ -30,10 +31,10 @@ class _Evaluated(Dataset[tuple[int, np.ndarray | str]]):
             return index, reason_of(error)
 
 
-def _stack(items: list[tuple[int, np.ndarray | str]]) -> tuple[torch.Tensor | None, dict[int, str]]:
+def _stack(items: list[tuple[int, np.ndarray | str]]) -> tuple[torch.Tensor | np.ndarray | None, dict[int, str]]:
     good = [pixels for _, pixels in items if not isinstance(pixels, str)]
     bad = {index: reason for index, reason in items if isinstance(reason, str)}
-    return torch.from_numpy(np.stack(good)) if good else None, bad
+    return handed_over(torch.from_numpy(np.stack(good))) if good else None, bad
 
 
 def evaluation_batches(
@@ -66,13 +67,15 @@ def evaluation_batches(
         pin_memory=device.type == "cuda",
     )
     some = not len(split.images)
-    for images, found in loader:
+    with hold_signals():
+        batches = iter(loader)
+    for images, found in batches:
         for index, reason in found.items():
             if bad is None:
                 raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): repair or remove it")
             bad[index] = reason
         if images is not None:
             some = True
-            yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            yield received(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
     if not some:
         raise UsageError(f"none of {len(split.images)} images can be decoded: check that the disk is still mounted")

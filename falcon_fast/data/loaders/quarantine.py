@@ -8,17 +8,20 @@ file that was repaired in between stays set aside until the next run.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from falcon_fast.data.sources.changes import Changes
 from falcon_fast.data.sources.images import ImageFiles, Images, reason_of, shown
 from falcon_fast.data.views.sampling import BatchPlan, Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.files import Appended
+from falcon_fast.reading import csv_records, one_line
 
+LARGEST_LIST = 64 * 2**20  # bytes of quarantine.csv: 300,000 bad images
 COLUMNS = ("image", "file", "reason")
 T = TypeVar("T")
 
@@ -49,6 +52,7 @@ class Quarantine:
     ) -> None:
         self.images, self.max_fraction, self.path, self.say = images, max_fraction, path, say
         self.left_out = left_out
+        self.changes = Changes(images, say)
         self.bad: dict[int, str] = {}
         listed = path is not None and path.exists()
         if path is not None and listed:
@@ -98,24 +102,22 @@ class Quarantine:
 
     def _read(self, path: Path) -> None:
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    if row["image"] and int(row["image"]) < len(self.images):
-                        self.bad[int(row["image"])] = row["reason"]
-        except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+            for row in csv_records(path, LARGEST_LIST):
+                if row["image"] and 0 <= (index := int(row["image"])) < len(self.images):
+                    self.bad[index] = shown(row["reason"])
+        except (OSError, KeyError, ValueError) as error:
             raise UsageError(
-                f"{path} is damaged ({error}): repair it, or delete it to search for bad images again"
+                f"{path} is damaged ({one_line(error)}): repair it, or delete it to search for bad images again"
             ) from None
 
     def _write(self, index: int | str, name: str, reason: str) -> None:
         if self.path is None:
             return
         new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
+        with Appended(self.path) as file:
             if new:
-                writer.writerow(COLUMNS)
-            writer.writerow((index, shown(name), reason))
+                file.write(COLUMNS)
+            file.write((index, shown(name), reason))
 
 
 class Share(NamedTuple, Generic[T]):

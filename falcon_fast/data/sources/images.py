@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -56,11 +56,13 @@ class ImageArray:
 class ImageFiles:
     """Images on disk, decoded when they are asked for.
 
-    `sizes` are (width, height) of the upright images, as a scan of the headers found them; None without a scan.
+    `sizes` are (width, height) of the upright images, as a scan of the headers found them; None without a scan. `stamps`, int64
+    (n, 2), are the bytes of each file and its time of change in nanoseconds at that scan (changes.py).
     """
 
     paths: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...] | None = None
+    stamps: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -107,11 +107,13 @@ def _lines(run: Run, before: Config | None, changes: list[Change], step: int) ->
     for change in changes:
         yield str(change)
     if any(change.name == "training.epochs" for change in changes):
-        per_epoch, peak = run.clock.steps_per_epoch, run.config.optimizer.lr
-        old = Schedule(before, per_epoch, before.training.epochs * per_epoch).lr_scale(step) if step else 0.0
-        new = Schedule(run.config, per_epoch, run.total_steps).lr_scale(min(step + 1, run.total_steps))
+        per_epoch = run.clock.steps_per_epoch
+        old_schedule = Schedule(before, per_epoch, before.training.epochs * per_epoch)
+        new_schedule = Schedule(run.config, per_epoch, run.total_steps)
+        old = old_schedule.rate(step).of(before.optimizer.lr) if step else 0.0
+        new = new_schedule.rate(min(step + 1, run.total_steps)).of(run.config.optimizer.lr)
         yield (
             f"the learning rate now follows a cosine over {run.config.training.epochs} epochs: it goes from "
-            f"{old * before.optimizer.lr:.3g} to {new * peak:.3g} at step {step + 1}, so the result is not that of a run of "
+            f"{old:.3g} to {new:.3g} at step {step + 1}, so the result is not that of a run of "
             f"{run.config.training.epochs} epochs from the start"
         )

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from falcon_fast.errors import FinalError, SystemFault, TrainingError, UsageError
+from falcon_fast.errors import FinalError, RunStopped, SystemFault, UsageError
+from falcon_fast.training.distributed import signals
 
 T = TypeVar("T")
 
@@ -53,12 +54,18 @@ class Processes:
         return self.rank == 0
 
     def everyone(self, value: T) -> list[T]:
-        """Return the values of all processes, in the order of their ranks."""
+        """Return the values of all processes, in the order of their ranks.
+
+        Raises:
+            RunStopped: in all processes, where a signal came to any of them before training.
+        """
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        dist.all_gather_object(values, (value, signals.stop_pending()), group=self.control)
+        if any(stop for _, stop in values):
+            raise RunStopped(everywhere=True)
+        return [each for each, _ in values]
 
     def from_main(self, value: T) -> T:
         """Return process 0's value."""
@@ -70,13 +77,13 @@ class Processes:
         (`stopping.speaks`).
 
         Raises:
-            UsageError, TrainingError, SystemFault: the first process that failed inside raised such an error (an OSError becomes
-                a SystemFault). In a run of one process the error itself is raised.
+            FinalError: the first process that failed inside raised an error of this class (an OSError becomes a SystemFault).
+                In a run of one process the error itself is raised.
         """
         failure: Exception | None = None
         try:
             yield
-        except (UsageError, TrainingError, OSError) as caught:
+        except (FinalError, OSError) as caught:
             failure = caught
         if self.control is None and failure is not None:
             raise failure
@@ -113,16 +120,15 @@ class Processes:
         return value
 
     def close(self) -> None:
-        """Leave the process group: from here on each process works alone."""
+        """Leave the process group: from here on each process works alone, and a signal ends it at once."""
         if self.group is not None:
             dist.destroy_process_group()
+        signals.stop_together(False)
 
 
 def _kind(error: Exception) -> type[FinalError]:
     """Return the class of the error that all processes raise for `error`."""
-    if isinstance(error, UsageError):
-        return UsageError
-    return TrainingError if isinstance(error, TrainingError) else SystemFault
+    return type(error) if isinstance(error, FinalError) else SystemFault
 
 
 def _message(error: Exception) -> str:
@@ -196,6 +202,7 @@ def join(strategy: str, device: str, batch_size: int, timeout: int, command: str
             f"process {rank} of {world_size} cannot reach the others: {first_line(error)}; check MASTER_ADDR, MASTER_PORT and "
             "the network between the machines"
         ) from None
+    signals.stop_together(True)
     world = dist.group.WORLD
     assert world is not None and isinstance(control, dist.ProcessGroup)
     return Processes(rank, world_size, local_rank, world, control, timeout, strategy)

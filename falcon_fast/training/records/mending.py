@@ -61,13 +61,20 @@ def _rows(content: bytes, columns: Sequence[str]) -> tuple[list[dict[str, str]],
     good: list[dict[str, str]] = []
     bad = 0 if has_header or not lines else 1
     for line in lines[1:] if has_header else lines:
-        values = next(csv.reader(io.StringIO(line)), [])
+        try:
+            values = next(csv.reader(io.StringIO(line)), [])
+        except csv.Error:  # a field longer than any of ours
+            values = []
         row = dict(zip(names, values, strict=False))
-        if len(values) == len(names) and row["step"].isdecimal() and all(map(_is_number, values)):
+        if len(values) == len(names) and _is_step(row["step"]) and all(map(_is_number, values)):
             good.append(row)
         elif line:
             bad += 1
     return good, bad
+
+
+def _is_step(text: str) -> bool:
+    return len(text) < 16 and text.isascii() and text.isdecimal()
 
 
 def _is_number(text: str) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from falcon_fast.errors import SystemFault, UsageError
+from falcon_fast.errors import RunStopped, SystemFault, TemporaryError, UsageError
+from falcon_fast.training.distributed import signals
 from falcon_fast.training.distributed.processes import Processes, join
 from falcon_fast.training.distributed.stopping import everywhere, speaks
 
@@ -23,12 +27,17 @@ def _two_processes(rank, world):
     found["mean"] = processes.mean(torch.tensor([1.0, 2.0]) * (rank + 1)).tolist()
     found["least"] = int(processes.least(torch.tensor(7 - rank)))
     # What one process alone finds wrong, all say.
-    for error in (UsageError("no such thing"), OSError(28, "No space left on device"), FileNotFoundError(2, "gone")):
+    for error in (
+        UsageError("no such thing"),
+        OSError(28, "No space left on device"),
+        FileNotFoundError(2, "gone"),
+        TemporaryError("away"),
+    ):
         try:
             with processes.together():
                 if rank == 1:
                     raise error
-        except (UsageError, OSError) as raised:
+        except (UsageError, TemporaryError, OSError) as raised:
             found[type(error).__name__] = (type(raised).__name__, str(raised), everywhere(raised))
     return found
 
@@ -47,11 +56,30 @@ def test_values_are_exchanged_in_the_order_of_the_ranks(two):
 
 def test_an_error_of_one_process_is_everyones(two):
     assert [found["UsageError"] for found in two] == [("UsageError", "process 1: no such thing", True)] * 2
+    assert [found["TemporaryError"] for found in two] == [("TemporaryError", "process 1: away", True)] * 2
     for name, reason in (("OSError", "No space left"), ("FileNotFoundError", "gone")):
         for found in two:
             kind, line, shared = found[name]
             assert kind == SystemFault.__name__ and shared
             assert line.startswith("process 1: ") and reason in line
+
+
+def _stopped_before_training(rank, world):
+    processes = Processes(rank, world, rank, dist.group.WORLD, dist.new_group(backend="gloo"), 60)
+    with signals.immediate_stops():
+        signals.stop_together(True)
+        processes.everyone(rank)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            processes.from_main(rank)
+        except RunStopped as stopped:
+            return everywhere(stopped)
+    return None
+
+
+def test_a_signal_to_one_process_before_training_stops_all_at_their_next_exchange(tmp_path):
+    assert in_processes(_stopped_before_training, 2, tmp_path) == [True, True]
 
 
 def test_alone_nothing_is_asked():
