@@ -72,7 +72,7 @@ MEANINGS = {
     "probe.lr": "peak learning rate of the online probe",
     "training.precision": "how products are computed, see [precision](../how-to/precision.md)",
     "training.epochs": "passes over the training images",
-    "training.seed": "of weights, dictionary, order and views",
+    "training.seed": "of weights, dictionary, order and views; 0 to 2^63 - 1",
     "training.device": "where to train: `auto`, `cpu`, `cuda` or `cuda:N`",
 }
 
