@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels import IMPLEMENTATIONS as LOSS_IMPLEMENTATIONS
 from falcon_fast.objective import temperature
-from falcon_fast.objective.loss import PLANS, PRIORS
+from falcon_fast.objective.loss import LARGEST_BETA, PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
 LOADERS = ("auto", "dali", "resident", "workers", "synthetic")
@@ -385,6 +385,8 @@ def validate(config: Config) -> Config:
     ):
         if not math.isfinite(number) or number < least:
             raise UsageError(f"{key} must be at least {least}, not {number}")
+    if loss.beta > LARGEST_BETA:
+        raise UsageError(f"loss.beta must be at most {LARGEST_BETA:g}, not {loss.beta}")
     if not optimizer.lr > 0:  # the schedule multiplies it
         raise UsageError(f"optimizer.lr must be above 0, not {optimizer.lr}")
     if not 0 <= optimizer.momentum < 1:
