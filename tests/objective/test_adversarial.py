@@ -52,19 +52,19 @@ def test_the_cases_are_of_every_kind():
     assert any(not case(seed).h1.is_contiguous() for seed in range(50))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
-def test_300_of_them(implementation):
-    assert complaints(range(300), implementation, ROUNDING[implementation]) == []
+@pytest.mark.parametrize(("implementation", "count"), [("cpu", 300), ("reference", 100)])
+def test_some_hundreds_of_them(implementation, count):
+    assert complaints(range(count), implementation, ROUNDING[implementation]) == []
 
 
-def test_60_at_every_level(level):
-    assert complaints(range(300, 360), "cpu", ROUNDING["cpu"]) == []
+def test_30_at_every_level(level):
+    assert complaints(range(300, 330), "cpu", ROUNDING["cpu"]) == []
 
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-def test_10_in_tritons_interpreter():
-    assert complaints(range(10), "triton", ROUNDING["triton"], largest=130) == []
+def test_5_in_tritons_interpreter():
+    assert complaints(range(5), "triton", ROUNDING["triton"], largest=130) == []
 
 
 @pytest.mark.slow
