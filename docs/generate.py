@@ -176,8 +176,9 @@ def command_line_page() -> str:
     lines = [
         "# Command line\n",
         NOTE,
-        "Errors of usage are one line and exit code 2; what stops a run is one line and exit code 1; a run that was stopped by a "
-        "signal exits with 130. `falcon-fast COMMAND --help` prints the same texts.\n",
+        "Errors of usage are one line and exit code 2; what stops a run is one line and exit code 1, or 4 if too many losses in "
+        "a row were not finite; a run that was stopped by a signal exits with 130. "
+        "`falcon-fast COMMAND --help` prints the same texts.\n",
     ]
     for path, command in _commands(cli, ("falcon-fast",)):
         context = click.Context(command, info_name=" ".join(path))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from falcon_fast.kernels.torch_private import process_group_named
@@ -94,6 +95,15 @@ def save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) ->
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:])
     ctx.dtype = inputs[0].dtype
+
+
+def check_differentiated_once() -> None:
+    """Raise RuntimeError in a backward pass that is itself recorded, whose gradients would be taken for constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this implementation of the FALCON loss can be differentiated once only, so create_graph=True would give wrong "
+            'second derivatives: use implementation="reference" for them, or leave out create_graph'
+        )
 
 
 # The gradients of the packed signs and of the settings in such a backward pass: there are none.

@@ -47,6 +47,14 @@ def functional_collectives() -> ModuleType:
     return module
 
 
+def is_transformed(x: torch.Tensor) -> bool:
+    """Return whether a tensor is seen through a transform of torch.func (grad, vmap, jvp ...). 2.11, 2.14.1.
+
+    Such a tensor has no memory that `.numpy()` could show, and operators of `torch.library` have no derivatives for it.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def foreach_approach_(averages: list[torch.Tensor], values: list[torch.Tensor], weight: torch.Tensor) -> None:
     """Add to each average `weight` times its distance to its value, in place and in few launches. 2.11, 2.14.1.
 

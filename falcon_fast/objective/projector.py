@@ -11,6 +11,7 @@ from torch import nn
 
 from falcon_fast.kernels import why_no_triton
 from falcon_fast.kernels.torch_private import process_group_named
+from falcon_fast.objective.reference import without_autocast
 
 ACTIVATIONS = ("tanh", "l2")
 OUTPUT_DTYPES = (torch.float32, torch.float16)
@@ -46,8 +47,8 @@ class FalconProjector(nn.Module):
 
     Raises:
         ValueError: if an argument is out of range, if the activation, dtype or implementation is unknown, or if `l2` has no
-            `temperature_batch`; in `forward`, if the features do not fit, if BatchNorm cannot train on the batch, or if
-            `triton` does not run there.
+            `temperature_batch`; in `forward`, if the features do not fit, if BatchNorm cannot train on the batch, or if `triton`
+            does not run there.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class FalconProjector(nn.Module):
         if self._runs_triton(features):
             return self._triton(features)
         wide = torch.float64 if self.linear.weight.dtype == torch.float64 else torch.float32
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             x = _in_dtype(self.norm, _in_dtype(self.linear, features.to(wide)))
             h = torch.tanh(x) if self.row_norm is None else F.normalize(x, dim=1) * self.row_norm
             return h if wide == torch.float64 else h.to(self.output_dtype)

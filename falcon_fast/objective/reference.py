@@ -16,16 +16,23 @@ the published code gives NaN in float32 at the theoretical optimum).
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.amp import is_autocast_available
 
 from falcon_fast.kernels.collectives import count_flagged, log_sum_over
 
 # Number of N x c matrices (one view's logits) that forward and backward hold at their peak: 2 views x (logits, ln P, P, their
 # gradients and one temporary). tests/objective/test_reference.py counts them with the allocator.
 PEAK_COPIES = 14
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context without mixed precision on `device`; on a device that has none, like meta, one that does nothing."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 def log_mean_assignment(log_p: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -52,10 +59,8 @@ def count_used(z1: torch.Tensor, z2: torch.Tensor, group: dist.ProcessGroup | No
 
     The host does not wait for the device.
     """
-    used = torch.zeros(z1.shape[1], dtype=torch.int32, device=z1.device)
-    used[z1.argmax(1)] = 1
-    used[z2.argmax(1)] = 1
-    return count_flagged(used, group)
+    none = torch.zeros(z1.shape[1], dtype=torch.int32, device=z1.device)
+    return count_flagged(none.scatter(0, torch.cat((z1.argmax(1), z2.argmax(1))), 1), group)
 
 
 def reference_loss(

@@ -122,6 +122,8 @@ def replay(
         first = start
     if start:
         _restore(run, found[start])
+    elif any(getattr(module, "p", 0) or getattr(module, "drop_prob", 0) for module in run.network.modules()):
+        notes.append("the network has dropout, whose random state at the beginning of the run was not saved")
     quarantine = Quarantine(run.source.train.images, run.config.data.max_bad_fraction, known=_known_bad(run, directory))
     if first < step - 1:
         say(

@@ -57,7 +57,8 @@ class BadSteps:
 
     def read(self) -> Reading:
         """Return the numbers. The host waits for the steps that are on their way."""
-        return Reading(*torch.cat((self._counts, torch.stack((self._last, self._ended)))).tolist())
+        numbers = torch.cat((self._counts, self._last.view(1), self._ended.view(1)))
+        return Reading(*numbers.tolist())
 
 
 def batch_images(run: Run, step: int, bad_images: dict[int, str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -143,6 +144,10 @@ class Extension(StripKernels[Array], Protocol[Array]):
         threads: int,
     ) -> None: ...
 
+
+# A forked child has none of the threads of its parent's OpenMP, and with GNU's OpenMP it would wait for them for ever, in the
+# first operation of torch that is large enough for two threads. (torch's DataLoader does the same in its workers.)
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 MODULE = "falcon_fast.kernels._cpu"
 KERNELS = Path(__file__).parents[1]

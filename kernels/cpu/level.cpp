@@ -266,9 +266,18 @@ void row_statistics(const float *z1, const float *z2, std::size_t width, std::si
     }
 }
 
-// e = exp(y - log_sum - peak).
+ALWAYS_INLINE Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// e = exp(y - log_sum - peak), at most 2. It is at most 1 but for the rounding of its terms, which is 1000 and more for logits
+// of 1e10; without the limit e would be infinite there.
 ALWAYS_INLINE Floats below_peak(Floats y, const RowTerms &row, Floats peak) {
-    return power_of_two(y * kLog2e - row.log_sum * kLog2e - peak * kLog2e);
+    return power_of_two(smaller(splat(1.0f), y * kLog2e - row.log_sum * kLog2e - peak * kLog2e));
 }
 
 void column_statistics(const Strip &strip, const RowTerms *terms, float *peak, float *log_sum, std::size_t stride,

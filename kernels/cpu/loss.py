@@ -30,9 +30,14 @@ import torch.distributed as dist
 
 from falcon_fast.kernels.collectives import count_flagged
 from falcon_fast.kernels.cpu.sweeps import Columns, Views, sweeps_for
-from falcon_fast.kernels.spec import NO_GRADIENTS, LossSpec, operator_schema, save_gradient
+from falcon_fast.kernels.spec import NO_GRADIENTS, LossSpec, check_differentiated_once, operator_schema, save_gradient
 
 __all__ = ["cpu_loss"]
+
+
+# Logits beyond this would come near the value that stands for absent codes (ABSENT, -1e30). The loss is NaN then, as for
+# embeddings that are not finite.
+LARGEST_LOGIT = 1e28
 
 
 def _count_used(arguments: torch.Tensor, c: int, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -47,7 +52,9 @@ def loss_and_gradient(
     views: Views, words: torch.Tensor, spec: LossSpec
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return loss, prior, invariance, codes in use and dL/dH (2, N, f), or an empty tensor in its place if it is not wanted."""
-    n, c = views[0].shape[0], spec.c
+    (n, f), c = views[0].shape, spec.c
+    largest = max(abs(float(x)) for h in views for x in h.aminmax())
+    within = largest * f / spec.tau <= LARGEST_LOGIT  # False for NaN
     sweeps = sweeps_for(views, words, spec)
 
     state = torch.zeros(n, 8, dtype=torch.float64)
@@ -68,7 +75,7 @@ def loss_and_gradient(
     loss, prior, invariance = (
         torch.tensor(float(x), dtype=torch.float32) for x in (loss_term, prior_term, invariance_term)
     )
-    if not np.isfinite(state.numpy()).all():  # nor are the embeddings then; the later sweeps may lose that
+    if not (within and np.isfinite(state.numpy()).all()):  # the later sweeps may lose that
         loss, prior, invariance = (torch.tensor(math.nan, dtype=torch.float32) for _ in range(3))
         gradient.fill_(math.nan)
     used = _count_used(arguments.long().flatten().clamp(max=c - 1), c, spec.group)
@@ -92,6 +99,7 @@ def _(h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, *settings: Any) -
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
         return (None, None, *NO_GRADIENTS)
+    check_differentiated_once()
     (gradient,) = ctx.saved_tensors
     g1, g2 = (gradient * grad_loss).to(ctx.dtype)
     return g1, g2, *NO_GRADIENTS

@@ -76,8 +76,25 @@ def test_every_batchnorm_has_the_base(layer):
 
 def test_a_step_towards_the_values():
     averages = [torch.tensor([0.0, 4.0]), torch.tensor([1.0])]
-    torch_private.foreach_lerp_(averages, [torch.tensor([1.0, 0.0]), torch.tensor([1.0])], 0.25)
+    torch_private.foreach_approach_(averages, [torch.tensor([1.0, 0.0]), torch.tensor([1.0])], torch.tensor(0.25))
     assert averages[0].tolist() == [0.25, 3.0] and averages[1].tolist() == [1.0]
+
+
+def test_lists_are_copied_and_checked_at_once():
+    targets, found = [torch.zeros(2), torch.zeros(())], torch.zeros(())
+    torch_private.foreach_copy_(targets, [torch.tensor([1.0, 2.0]), torch.tensor(3.0)])
+    assert targets[0].tolist() == [1.0, 2.0] and targets[1] == 3.0
+    torch_private.check_finite(targets, found)
+    assert found == 0
+    torch_private.check_finite([torch.tensor([1.0, torch.inf])], found)
+    assert found == 1
+
+
+def test_transforms_are_seen():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(torch_private.is_transformed(x)) or x)(torch.ones(2))
+    torch.func.grad(lambda x: seen.append(torch_private.is_transformed(x)) or x)(torch.ones(()))
+    assert seen == [True, True] and not torch_private.is_transformed(torch.ones(2))
 
 
 def test_the_state_of_a_gradient_scaler():

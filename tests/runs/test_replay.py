@@ -8,12 +8,14 @@ import shutil
 import pytest
 import torch
 
-from falcon_fast.config import load_config
-from falcon_fast.errors import UsageError
+from falcon_fast.config import load_config, load_recipe, override, validate
+from falcon_fast.errors import DivergedError, UsageError
 from falcon_fast.hardware import precision
 from falcon_fast.runs import replay as replays
+from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import session, trainer
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.run import prepare
 
 from ..training.tiny import QUIET, poison, start
 
@@ -87,6 +89,34 @@ def test_the_poisoned_image_is_named(tmp_path, monkeypatch):
     layers = {layer.name: layer for layer in found.layers}
     assert {row.place for row in layers["backbone.stem.0"].bad_rows} == {place}
     assert len(layers["backbone.stem.1"].bad_rows) == 128
+
+
+def test_the_file_is_named(image_folder, tmp_path, monkeypatch):
+    settings = {
+        "data.path": str(image_folder),
+        "data.loader": "resident",
+        "model.name": "resnet8",
+        "model.width": 4,
+        "loss.embedding_dim": 32,
+        "loss.num_codes": 64,
+        "training.epochs": 1,
+        "training.batch_size": 8,
+        "training.device": "cpu",
+        "training.max_bad_steps": 1,
+        "log.tensorboard": False,
+    }
+    run = prepare(validate(override(load_recipe("folder"), settings)))
+    create_run_directory(tmp_path / "run", run.config)
+    number = int(run.clock.at(2).indices[5])
+    for module in (session, replays):
+        poison(monkeypatch, module, lambda step, image: (1, 2) if image == number else ())
+    file = run.source.train.images.name(number)
+    with pytest.raises(DivergedError, match="not finite at step 3") as caught:
+        trainer.train(run, tmp_path / "run", QUIET)
+    first = [run.source.train.images.name(int(image)) for image in run.clock.at(2).indices[:3]]
+    assert all(f"{name} (image" in str(caught.value) for name in first) and "no checkpoint" in str(caught.value)
+    found = replays.replay(tmp_path / "run", 3)
+    assert found.culprit.endswith(f": {file} (image {number}) in view 1 and 2")
 
 
 @pytest.fixture

@@ -207,6 +207,30 @@ def overflowing(strategy: str, processes: Processes) -> tuple[bool, float, bool]
     return moved, learner.scaler.get_scale(), bool(metrics.loss.isfinite())
 
 
+def bad_in_one(strategy: str, processes: Processes, name: str) -> tuple[list[bool], float, list[int]]:
+    """What was bad of three steps, the second with an infinite pixel in the last process only; how far weights, moments and
+    statistics then are from those after the good steps alone; and the counts."""
+    mine, theirs = (
+        exact(strategy, processes, optimizer__name=name, optimizer__ema_decay=0.5, training__sync_batchnorm=False)
+        for _ in range(2)
+    )
+    bad = []
+    for seed in range(3):
+        views, labels = batch(processes, seed)
+        if seed == 1 and processes.rank == processes.world_size - 1:
+            views[3, 0, 2, 2] = math.inf
+        bad.append(training_step(mine.learner, views, labels, 1.0).bad.item())
+        if seed != 1:
+            training_step(theirs.learner, views, labels, 1.0)
+
+    def state(run) -> list:
+        moments = [v for p in run.network.parameters() for v in run.learner.optimizer.state[p].values()]
+        return plain([*run.network.state_dict().values(), *run.learner.average.state().values(), *moments])
+
+    apart = max(float(abs(a - b).max()) for a, b in zip(state(mine), state(theirs), strict=True) if a.size)
+    return bad, apart, mine.learner.bad_steps.tolist()
+
+
 def _two_processes(rank, world):
     processes = Processes(rank, world, rank, dist.group.WORLD, dist.new_group(backend="gloo"), 60)
     found = {}
@@ -216,6 +240,7 @@ def _two_processes(rank, world):
         found[f"overflow-{strategy}"] = overflowing(strategy, processes)
         for name in ("sgd", "lars", "adamw"):
             found[f"{name}-{strategy}"] = several_steps(strategy, processes, name)
+            found[f"bad-{name}-{strategy}"] = bad_in_one(strategy, processes, name)
     return found
 
 
@@ -300,3 +325,9 @@ def test_two_processes_clip_step_and_average_like_one(two, strategy, name):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_all_processes_skip_a_step_that_overflowed_in_one(two, strategy):
     assert [found[f"overflow-{strategy}"] for found in two] == [(False, 4.0, True)] * 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_all_processes_skip_a_step_that_is_bad_in_one_and_it_leaves_no_trace(two, strategy, name):
+    assert [found[f"bad-{name}-{strategy}"] for found in two] == [([False, True, False], 0.0, [1, 0])] * 2

@@ -15,7 +15,7 @@ import triton.language as tl
 from falcon_fast.kernels.gpu.launch import ceil_div, launch
 from falcon_fast.kernels.gpu.loss.columns import ColumnState, Scales
 from falcon_fast.kernels.gpu.loss.rows import RowState
-from falcon_fast.kernels.gpu.tiles import LN_2, paired_row
+from falcon_fast.kernels.gpu.tiles import ABSENT, LN_2, paired_row
 
 FINISHED_ROWS = 16
 
@@ -40,6 +40,21 @@ class Parts(NamedTuple):
 
     parts: torch.Tensor
     quantum: torch.Tensor
+
+
+@triton.jit
+def beyond_fp16(p_norm, o_row, m_row, padded_n, tau, PAIRED: tl.constexpr):
+    """Return for which images a logit of a dense dictionary may be farther below its tile's maximum than fp16 can store.
+
+    It is stored as ABSENT then, so that the loss would be a plausible but wrong number; it becomes NaN instead. Two logits of an
+    embedding h differ by at most 2 |h|_1 / tau, and do so where h is a multiple of a code. Hadamard logits are never stored.
+    """
+    b_far = tl.zeros_like(o_row) != 0
+    if PAIRED:
+        b_norm1 = tl.load(p_norm + paired_row(0, o_row), mask=m_row, other=0.0)
+        b_norm2 = tl.load(p_norm + paired_row(1, o_row), mask=m_row, other=0.0)
+        b_far = tl.maximum(b_norm1, b_norm2) * (2.0 / LN_2 / tau) > -ABSENT
+    return b_far
 
 
 @triton.jit
@@ -87,6 +102,7 @@ def row_bound(
 def store_readings(
     p_sum,
     p_cross,
+    p_norm,
     p_prior,
     p_used,
     p_loss,
@@ -94,9 +110,12 @@ def store_readings(
     p_invariance,
     p_codes_used,
     n,
+    padded_n,
     all_strips,
     beta,
+    tau,
     COUNT: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """Store the loss and its terms, from the partial sums over the codes and the statistics of the rows (one program)."""
     prior = 0.0
@@ -104,6 +123,7 @@ def store_readings(
         o_term = start + tl.arange(0, 1024)
         prior += 0.5 * tl.sum(tl.load(p_prior + o_term, mask=o_term < 2 * all_strips, other=0.0), 0)
     invariance = 0.0
+    far = 0
     for start in range(0, n, 256):
         o_row = start + tl.arange(0, 256)
         m = o_row < n
@@ -112,7 +132,11 @@ def store_readings(
         b_cross = tl.load(p_cross + o_row, mask=m, other=0.0) / b_sum1
         b_cross += tl.load(p_cross + n + o_row, mask=m, other=0.0) / b_sum2
         invariance += tl.sum(tl.log2(b_sum1) + tl.log2(b_sum2) - b_cross, 0)
+        far += tl.sum(beyond_fp16(p_norm, o_row, m, padded_n, tau, PAIRED).to(tl.int32), 0)
     invariance *= 0.5 * LN_2 / n
+    if far > 0:
+        prior = float("nan")
+        invariance = float("nan")
     tl.store(p_prior_term, prior)
     tl.store(p_invariance, invariance)
     tl.store(p_loss, prior + beta * invariance)
@@ -171,12 +195,15 @@ def finish_kernel(
         b_bound = row_bound(
             p_sum, p_cross, p_norm, b_a, o_row, m_row, i_view, n, padded_n, log_c, log_rows, beta, tau, FORWARD, PAIRED
         )
+        b_far = beyond_fp16(p_norm, o_row, m_row, padded_n, tau, PAIRED)
+        b_bound = tl.where(b_far, float("nan"), b_bound)
         tl.store(p_quantum + o, b_bound / (TARGET * 2.0 * n * tau), mask=m_row)
         tl.store(p_quantum + 2 * n + o, TARGET / b_bound, mask=m_row)
         if i_block == 0 and i_view == 0:
             store_readings(
                 p_sum,
                 p_cross,
+                p_norm,
                 p_prior,
                 p_used,
                 p_loss,
@@ -184,9 +211,12 @@ def finish_kernel(
                 p_invariance,
                 p_codes_used,
                 n,
+                padded_n,
                 all_strips,
                 beta,
+                tau,
                 COUNT,
+                PAIRED,
             )
 
 

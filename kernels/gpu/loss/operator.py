@@ -13,7 +13,7 @@ import torch
 
 from falcon_fast.kernels.gpu.loss.gradient import combine
 from falcon_fast.kernels.gpu.loss.loss import falcon_loss_parts, parts_shape
-from falcon_fast.kernels.spec import NO_GRADIENTS, LossSpec, operator_schema, save_gradient
+from falcon_fast.kernels.spec import NO_GRADIENTS, LossSpec, check_differentiated_once, operator_schema, save_gradient
 
 __all__ = ["triton_loss"]
 
@@ -60,6 +60,7 @@ def _(
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if grad_loss is None:
         return (None, None, *NO_GRADIENTS)
+    check_differentiated_once()
     return *gradient_op(*ctx.saved_tensors, grad_loss, ctx.dtype), *NO_GRADIENTS
 
 
