@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 
 # What each room may import, besides itself. `__init__` holds the public names; `__main__` is the command.
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "reading"}
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "errors": set(),
+    "reading": set(),
     "recipes": set(),
     "objective": {"kernels"},
-    "config": {"errors", "kernels", "objective"},
+    "config": {"errors", "reading", "kernels", "objective"},
     "hardware": {*BASE, "kernels"},
     "data": {*BASE, "kernels"},
     "models": {*BASE, "kernels", "objective"},
@@ -174,6 +175,7 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
     topics: dict[str, str] = {
         "test_structure.py": "this file",
         "test_package.py": "importing the package is light",
+        "test_security.py": "no command and no module reaches an unpickler; each promise of SECURITY.md names its test",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",
     }

@@ -72,7 +72,7 @@ def complete(directory: Path) -> list[Path]:
     if not found and (old := sorted(p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file())):
         raise UsageError(
             f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
-            "code when it is read, so it is not read: train again, or use the version that wrote it"
+            "code when it is read, so it is not read: train again; if it is your own, the version that wrote it can read it"
         )
     return found
 
