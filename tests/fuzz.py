@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -201,6 +202,7 @@ def _mutate_all(
     memory: int,
     writes: bool,
 ) -> Outcome:
+    logging.disable()  # pytest keeps every record, and torch.distributed makes many
     originals = {path: path.read_bytes() for path in files}
 
     def restore() -> None:

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 
 # What each room may import, besides itself. `__init__` holds the public names; `__main__` is the command.
-BASE = {"config", "errors", "files"}
+BASE = {"config", "errors", "files", "reading"}
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "errors": set(),
     "files": {"errors"},
+    "reading": set(),
     "recipes": set(),
     "objective": {"kernels"},
-    "config": {"errors", "kernels", "objective"},
+    "config": {"errors", "reading", "kernels", "objective"},
     "hardware": {*BASE, "kernels"},
     "data": {*BASE, "kernels", "hardware"},
     "models": {*BASE, "kernels", "objective"},
@@ -179,6 +180,7 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "cli/test_bad_command_lines.py": "what cannot work, of every command",
         "objective/test_adversarial.py": "embeddings that nobody should pass",
         "objective/test_situations.py": "every situation that a caller of the loss and the projector can bring",
+        "test_security.py": "no command and no module reaches an unpickler; each promise of SECURITY.md names its test",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
         "runs/test_stops.py": "stops at any moment, in every way",
         "runs/test_full_disk.py": "a disk that takes no more at any write",

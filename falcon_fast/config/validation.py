@@ -26,7 +26,7 @@ from falcon_fast.config.settings import (
 )
 from falcon_fast.errors import UsageError
 from falcon_fast.objective import temperature
-from falcon_fast.objective.loss import PLANS, PRIORS
+from falcon_fast.objective.loss import LARGEST_BETA, PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
 
 LARGEST_VIEW = 4096  # pixels a side; one image then takes 1 GB in a ResNet-18's stem
@@ -99,6 +99,7 @@ def validate(config: Config) -> Config:
         ("loss.num_codes", loss.num_codes, 2**30),
         ("loss.temperature_batch", loss.temperature_batch, 2**31),
         ("loss.memory_budget", loss.memory_budget, 2**30),
+        ("loss.beta", loss.beta, LARGEST_BETA),
         ("training.epochs", training.epochs, 10**8),
         ("training.batch_size", training.batch_size, 2**31),
         ("training.threads", training.threads, 2**10),

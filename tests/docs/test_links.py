@@ -1,4 +1,4 @@
-"""Links, images and paths in README.md, CONTRIBUTING.md, CHANGELOG.md and docs/ lead somewhere."""
+"""Links, images and paths in README.md, CONTRIBUTING.md, CHANGELOG.md, SECURITY.md and docs/ lead somewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from .pages import PAGES, ROOT, name_of, prose, spans
 
-LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 PLACES = ("falcon_fast", "kernels", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import tomllib
 from pathlib import Path
@@ -98,3 +99,14 @@ def test_json_is_written_whole_and_without_what_json_does_not_know(tmp_path, mon
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text())["d"] == 1.5
+
+
+def test_json_is_not_written_through_a_link(tmp_path):
+    """The run directory of a stranger may hold links to files of the user, also of the name that a half-written file has."""
+    (tmp_path / "precious").write_text("precious")
+    for name in ("evaluation.json", f".evaluation.json.{os.getpid()}.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    write_json(tmp_path / "evaluation.json", {"a": 1})
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"a": 1}
+    assert not (tmp_path / "evaluation.json").is_symlink()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from safetensors.torch import load_file
 import falcon_fast
 from falcon_fast import runs
 from falcon_fast.errors import UsageError
+from falcon_fast.models import network
+
+from ..fuzz import COUNTS, MIB, fuzz
 
 
 def test_the_backbone_is_the_trained_one(finished):
@@ -48,3 +54,67 @@ def test_the_backbones_file_is_enough(finished, tmp_path):
     images = torch.randn(4, 3, 16, 16)
     with torch.inference_mode():
         assert torch.equal(alone.backbone(images), whole.network.backbone(images))
+
+
+def change_settings(directory: Path, changes: dict[str, object]) -> None:
+    """Write other values to config.toml, without a check."""
+    path = directory / "config.toml"
+    text = path.read_text()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        start, table, rest = text.partition(f"[{section}]\n")
+        text = start + table + re.sub(rf"^{key} = .*$", f"{key} = {value}", rest, count=1, flags=re.MULTILINE)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 10**5}, r"has shape .* in the network: it belongs to another network"),
+        ({"model.width": 10**12}, "describes a network that cannot be built"),
+        ({"model.width": 2**62}, "describes a network that cannot be built"),
+        ({"loss.embedding_dim": 10**7}, "belongs to another network"),
+        ({"loss.num_codes": 2**40, "loss.epsilon": "1e-30"}, "GiB are supported: reduce loss.num_codes"),
+        ({"data.size": 10**6}, "data.size must be at most 4096 pixels"),
+        ({"model.name": '"hf-hub:somebody/model"', "data.size": 32}, "unknown backbone 'hf-hub:somebody/model'"),
+        ({"model.name": '"local-dir:/tmp/model"', "data.size": 32}, "unknown backbone"),
+        ({"model.name": '"resnet18"'}, "belongs to another network"),
+        ({"optimizer.ema_decay": 0.5}, "has no average"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_checkpoint_are_refused_before_they_take_memory(copied, changes, message):
+    change_settings(copied, changes)
+    before = peak()
+    with pytest.raises(UsageError, match=message) as caught:
+        runs.load_trained(copied, "cpu")
+    assert "\n" not in str(caught.value)
+    assert peak() - before < 400 * MIB  # importing timm takes some
+
+
+def peak() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_checkpoint_without_a_normalisation_is_one_line(copied):
+    (path,) = sorted((copied / "checkpoints").glob("step-*/run.json"))[-1:]
+    facts = json.loads(path.read_text())
+    del facts["mean"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match="names no mean or std"):
+        runs.load_trained(copied, "cpu")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_run_whose_files_are_mutated_is_loaded_or_refused_in_one_line(copied, count, monkeypatch):
+    """The settings, the facts and the index of one run, which have to agree with one another."""
+    monkeypatch.setattr(network, "LARGEST_DICTIONARY", 2**20)
+    for old in sorted((copied / "checkpoints").glob("step-*"))[:-1]:
+        shutil.rmtree(old)
+    (index,) = copied.glob("checkpoints/step-*/index.json")
+    files = [copied / "config.toml", index, index.with_name("run.json")]
+    outcome = fuzz(
+        lambda: runs.load_trained(copied, "cpu"), files, count, name="a run (load_trained)", memory=256 * MIB
+    )
+    assert outcome.refused > count // 4 and outcome.accepted > count // 50

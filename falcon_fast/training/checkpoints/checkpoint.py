@@ -83,7 +83,7 @@ def complete(directory: Path) -> list[Path]:
     if not found and (old := [path for path in named(directory) if (path / ".metadata").is_file()]):
         raise UsageError(
             f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
-            "code when it is read, so it is not read: train again, or use the version that wrote it"
+            "code when it is read, so it is not read: train again; if it is your own, the version that wrote it can read it"
         )
     return found
 
