@@ -8,6 +8,7 @@ ones (NVIDIA's "CUDA compatibility"). So a driver of CUDA 12 (525 to 575) cannot
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,6 +32,7 @@ class Installed:
         torch_cuda: the CUDA version that torch is built for; None if it is built without CUDA.
         hip: whether torch is built for AMD GPUs.
         usable: whether torch finds a GPU.
+        hidden: whether CUDA_VISIBLE_DEVICES hides all GPUs, as is done to use the CPU.
         dali: the names of the installed DALI packages.
     """
 
@@ -39,6 +41,7 @@ class Installed:
     torch_cuda: str | None
     hip: bool
     usable: bool
+    hidden: bool
     dali: tuple[str, ...]
 
 
@@ -50,6 +53,7 @@ def installed() -> Installed:
         torch_cuda=torch.version.cuda,
         hip=torch.version.hip is not None,
         usable=torch.cuda.is_available(),
+        hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
         dali=dali_packages(),
     )
 
@@ -80,7 +84,7 @@ def _is_installed(name: str) -> bool:
 
 def mismatches(found: Installed) -> Iterator[str]:
     """Yield a line for each thing that keeps a GPU from being used, with the command that mends it."""
-    yield from _torch_mismatch(found)
+    yield from unused_gpu(found)
     if len(found.dali) > 1:
         keep = DALI[12 if _is_older(found) else 13]
         yield (
@@ -91,8 +95,9 @@ def mismatches(found: Installed) -> Iterator[str]:
         yield f"{DALI[13]} needs a driver of CUDA 13: pip uninstall -y {DALI[13]} && pip install {DALI[12]}"
 
 
-def _torch_mismatch(found: Installed) -> Iterator[str]:
-    if found.hip or found.usable:
+def unused_gpu(found: Installed) -> Iterator[str]:
+    """Yield a line on why torch finds no GPU although there is an NVIDIA driver; nothing where all is well or none is wanted."""
+    if found.hip or found.usable or found.hidden:
         return
     if found.driver is None:
         if found.kernel_module:
@@ -114,7 +119,7 @@ def _torch_mismatch(found: Installed) -> Iterator[str]:
     else:
         yield (
             f"torch (CUDA {found.torch_cuda}) and the driver (CUDA {_text(found.driver)}) fit, but torch finds no GPU: see "
-            "nvidia-smi, and whether CUDA_VISIBLE_DEVICES hides it"
+            "whether nvidia-smi lists one, and whether CUDA_VISIBLE_DEVICES names it"
         )
 
 

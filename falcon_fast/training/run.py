@@ -21,7 +21,7 @@ from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import Augmentation, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
-from falcon_fast.hardware.cuda import installed, mismatches
+from falcon_fast.hardware.cuda import installed, unused_gpu
 from falcon_fast.hardware.devices import find_device
 from falcon_fast.hardware.host_memory import is_out_of_memory
 from falcon_fast.hardware.precision import Precision, choose_precision
@@ -233,7 +233,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     if (
         device.type == "cpu" and config.training.device == "auto"
     ):  # a GPU that cannot be used must not be passed over in silence
-        notes += tuple(f"training on the CPU: {line}" for line in mismatches(installed()) if "torch" in line)
+        notes += tuple(f"training on the CPU: {line}" for line in unused_gpu(installed()))
     recipe = augmentation(config.data.augmentation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training

@@ -13,9 +13,13 @@ from falcon_fast.hardware import cuda
 from falcon_fast.hardware.cuda import Installed, installed, mismatches
 
 D120, D130 = "nvidia-dali-cuda120", "nvidia-dali-cuda130"
-GOOD = Installed(driver=(13, 0), kernel_module=True, torch_cuda="13.0", hip=False, usable=True, dali=(D130,))
+GOOD = Installed(
+    driver=(13, 0), kernel_module=True, torch_cuda="13.0", hip=False, usable=True, hidden=False, dali=(D130,)
+)
 CUDA_12 = dataclasses.replace(GOOD, driver=(12, 4), torch_cuda="12.6", dali=(D120,))
-CPU_ONLY = Installed(driver=None, kernel_module=False, torch_cuda="13.0", hip=False, usable=False, dali=(D130,))
+CPU_ONLY = Installed(
+    driver=None, kernel_module=False, torch_cuda="13.0", hip=False, usable=False, hidden=False, dali=(D130,)
+)
 
 
 def lines(base: Installed, **changes) -> list[str]:
@@ -30,9 +34,10 @@ def lines(base: Installed, **changes) -> list[str]:
         CPU_ONLY,
         dataclasses.replace(CPU_ONLY, torch_cuda=None, dali=()),
         dataclasses.replace(GOOD, torch_cuda="12.6", dali=(D120,)),  # a new driver runs old programs
+        dataclasses.replace(GOOD, usable=False, hidden=True),
         dataclasses.replace(GOOD, torch_cuda=None, hip=True, usable=True, driver=None, kernel_module=False, dali=()),
     ],
-    ids=["cuda13", "cuda12", "no-gpu", "cpu-torch", "cuda12-on-13", "amd"],
+    ids=["cuda13", "cuda12", "no-gpu", "cpu-torch", "cuda12-on-13", "hidden", "amd"],
 )
 def test_what_fits_is_not_spoken_of(machine):
     assert list(mismatches(machine)) == []
@@ -118,3 +123,11 @@ def test_what_is_installed_here():
     found = installed()
     assert set(found.dali) == {D120, D130} & names
     assert isinstance(found.usable, bool) and (found.driver is None or found.driver[0] > 0)
+
+
+@pytest.mark.parametrize(("value", "hidden"), [("", True), ("-1", True), ("0", False), ("1,0", False), (None, False)])
+def test_gpus_that_the_user_hides_are_not_wanted(monkeypatch, value, hidden):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert installed().hidden is hidden

@@ -93,6 +93,15 @@ def test_torchvision_and_timm_take_it_where_the_stem_fits(kind: str, library: st
         torch.testing.assert_close(network.eval()(images), backbone(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
+def test_other_networks_of_timm_take_it_beside_their_classifier(name: str, tmp_path: Path) -> None:
+    backbone = saved(path := tmp_path / "b.safetensors", ModelConfig(name), 224)
+    network = timm.create_model(name, num_classes=5)
+    load_weights(path, network)
+    held = backbone.state_dict()
+    assert held and all(torch.equal(network.state_dict()[key], held[key]) for key in held)
+
+
 def test_stems_of_one_shape_are_told_apart(tmp_path: Path) -> None:
     """Padding 1 and 2 have the same weights: loading would succeed, and give another function."""
     saved(path := tmp_path / "b.safetensors", *MODELS["resnet18-padded"][:2])

@@ -8,8 +8,9 @@ import torch
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.errors import UsageError
+from falcon_fast.training import run as run_module
 from falcon_fast.training.distributed.processes import Processes
-from falcon_fast.training.run import _build, seed_process
+from falcon_fast.training.run import _build, prepare, seed_process
 
 from .tiny import TINY, prepared
 
@@ -72,3 +73,12 @@ def test_every_seed_of_one_process_is_one_of_several(seed, rank):
     assert torch.rand(1).item() == draws[0]
     if seed < 2**40:  # the states of seeds that worked before are the same
         assert torch.initial_seed() == (seed + rank) * 1_000_003
+
+
+def test_a_gpu_that_cannot_be_used_is_not_passed_over_in_silence(monkeypatch):
+    monkeypatch.setattr(run_module, "unused_gpu", lambda found: iter(["torch is built for CUDA 13.0, but ..."]))
+    config = override(load_recipe("digits"), {"model.width": 4, "loss.num_codes": 64, "loss.embedding_dim": 16})
+    line = "training on the CPU: torch is built for CUDA 13.0, but ..."
+    if not torch.cuda.is_available():
+        assert line in prepare(config).notes
+    assert line not in prepare(override(config, {"training.device": "cpu"})).notes
