@@ -155,6 +155,7 @@ def fuzz(
     refusals: tuple[type[Exception], ...] = (UsageError,),
     memory: int = 64 * MIB,
     writes: bool = False,
+    then: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Mutate one of `files` at a time, `count` times with the same changes in every run, and read.
 
@@ -167,6 +168,7 @@ def fuzz(
         name: what the line of counts begins with.
         mutations: what changes a file; chosen at random for each mutation.
         writes: reading a valid file may write.
+        then: is called after each mutation, before reading, and may change the files too.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -174,7 +176,7 @@ def fuzz(
         os.close(reading)
         with os.fdopen(writing, "w") as answer:
             try:
-                result: Any = vars(_mutate_all(read, files, count, mutations, refusals, memory, writes))
+                result: Any = vars(_mutate_all(read, files, count, mutations, refusals, memory, writes, then))
             except BaseException:
                 result = traceback.format_exc()
             answer.write(json.dumps(result))
@@ -201,6 +203,7 @@ def _mutate_all(
     refusals: tuple[type[Exception], ...],
     memory: int,
     writes: bool,
+    then: Callable[[], object],
 ) -> Outcome:
     logging.disable()  # pytest keeps every record, and torch.distributed makes many
     originals = {path: path.read_bytes() for path in files}
@@ -221,6 +224,7 @@ def _mutate_all(
         victim = chance.choice(list(originals))
         changed = chance.choice(mutations)(originals[victim], chance)
         victim.write_bytes(changed)
+        then()
         expected = _contents(files)
         try:
             read()

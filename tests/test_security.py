@@ -43,7 +43,8 @@ JUSTIFIED = {
     ("kernels.gpu.resources", "subprocess"): "starts the CUDA tools that list a compiled kernel, with fixed arguments",
     ("kernels.gpu.support", "importlib.util"): "asks whether triton is installed",
     ("training.distributed.processes", "all_gather_object"): "objects of this run, between the processes of this run",
-    ("config", "tomllib.loads"): "the recipes of the package",
+    ("config.toml", "tomllib.loads"): "the recipes of the package",
+    ("models.exported", "json.loads"): "a value of at most 1,000 characters, of which three numbers are taken",
     ("reading", "json.loads"): "behind the limits of this module",
     ("reading", "tomllib.loads"): "behind the limits of this module",
 }

@@ -80,12 +80,19 @@ def named(directory: Path) -> list[Path]:
 def complete(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest first. Raises UsageError if all have the old, unsafe format."""
     found = [path for path in named(directory) if (path / INDEX).is_file() and (path / "run.json").is_file()]
-    if not found and (old := [path for path in named(directory) if (path / ".metadata").is_file()]):
+    if not found:
+        for path in reversed(named(directory)):
+            refuse_pickled(path)
+    return found
+
+
+def refuse_pickled(path: Path) -> None:
+    """Raise UsageError if a checkpoint has the format of development versions, which contained a pickle."""
+    if (path / ".metadata").is_file() and not (path / INDEX).is_file():
         raise UsageError(
-            f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
+            f"checkpoint {path} was written by an earlier development version of falcon_fast, in a format that can run "
             "code when it is read, so it is not read: train again; if it is your own, the version that wrote it can read it"
         )
-    return found
 
 
 def kept(directory: Path) -> str:
@@ -116,7 +123,9 @@ def read_facts(path: Path) -> dict[str, Any]:
                 check_seal(facts)
             _check_facts(facts)
     except (OSError, ValueError, RecursionError) as error:  # json.dumps goes less deep than json.loads
-        raise UsageError(f"checkpoint {path} is damaged: run.json: {one_line(error)}") from None
+        raise UsageError(
+            f"checkpoint {path} is damaged: run.json: {one_line(error).removeprefix('run.json ')}"
+        ) from None
     if number > FORMAT:
         raise UsageError(
             f"checkpoint {path} has format {number}, but this version reads formats up to {FORMAT}: update falcon_fast"
@@ -185,12 +194,13 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: a file is missing or damaged, or the format is newer.
     """
+    refuse_pickled(path)
     facts = read_facts(path)
     if SEAL in facts:
         try:
             index = read_json(path / INDEX, LARGEST_INDEX)
         except (OSError, ValueError) as error:
-            raise UsageError(f"checkpoint {path} is damaged: {INDEX}: {error}") from None
+            raise UsageError(f"checkpoint {path} is damaged: {INDEX}: {one_line(error)}") from None
         check_files(path, facts, index, INDEX)
     return facts
 

@@ -62,6 +62,8 @@ def check_files(path: Path, facts: Mapping[str, Any], index: Mapping[str, Any], 
             raise ValueError(f"{index_name} is not the file that was written")
         for name, said in index["files"].items():
             file = path / name
+            if Path(name).name != name:
+                raise ValueError(f"{name[:80]!r} is not the name of a file in it")
             if not file.is_file():
                 raise ValueError(f"{name} is missing")
             if (size := file.stat().st_size) != said["bytes"]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from falcon_fast.config import Change, Config, OnResume, config_from, differences, history_of, refusal
+from falcon_fast.config import Change, Config, OnResume, config_from, differences, history_of, refusal, validate
 from falcon_fast.errors import UsageError
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.selection import Selected, select, set_aside
@@ -77,7 +77,7 @@ def settings_in(facts: dict[str, Any], path: Path) -> Config | None:
     Raises:
         UsageError: they are not settings of this version.
     """
-    return config_from(facts["settings"], where=f"checkpoint {path}") if "settings" in facts else None
+    return validate(config_from(facts["settings"], where=f"checkpoint {path}")) if "settings" in facts else None
 
 
 def _unfit(run: Run, facts: dict[str, Any]) -> str | None:

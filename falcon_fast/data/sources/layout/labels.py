@@ -2,9 +2,9 @@
 
 - `val_annotations.txt` (tiny-imagenet-200): a line per image, `val_0.JPEG<TAB>n03444034<TAB>...`
 - `LOC_val_solution.csv` (ImageNet from Kaggle): `ILSVRC2012_val_00048981,n03995372 85 1 499 272 ...`
-- `ILSVRC2012_validation_ground_truth.txt` and `meta.mat` (ImageNet's development kit): a number for each image, in the order
-  of the images' own numbers, and the class that each number stands for.
-- `imagenet_2012_validation_synset_labels.txt` (TensorFlow): a class for each image, in the same order.
+- `imagenet_2012_validation_synset_labels.txt` (TensorFlow): a class for each image, in the order of the images' own numbers.
+
+ImageNet's own development kit (`ILSVRC2012_validation_ground_truth.txt`) is recognised, and refused with what to do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from falcon_fast.reading import one_line, read_text
 
 LARGEST = 16 * 2**20  # bytes of a list; those of ImageNet's 50,000 validation images have at most 3 MB
 _NUMBER = re.compile(r"_val_(\d{8})\.")
@@ -56,18 +58,14 @@ def listed_labels(names: Iterable[str], places: Iterable[str]) -> Listed | None:
                 continue
             try:
                 classes = read(path, names)
-            except Exception as error:  # a damaged list; scipy may raise anything
-                return Listed(
-                    str(path), {}, f"it cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
-                )
+            except (OSError, ValueError, csv.Error) as error:
+                return Listed(str(path), {}, f"it cannot be read ({one_line(error)})")
             return Listed(str(path), classes, "" if classes else "it names none of the images")
     return None
 
 
 def _text(path: Path) -> str:
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{size} bytes are more than a list of labels has")
-    return path.read_text(encoding="utf-8")
+    return read_text(path, LARGEST)
 
 
 def _tiny_imagenet(path: Path, names: list[str]) -> dict[str, str]:
@@ -94,16 +92,14 @@ def _tensorflow(path: Path, names: list[str]) -> dict[str, str]:
 
 
 def _development_kit(path: Path, names: list[str]) -> dict[str, str]:
-    from scipy.io import loadmat
+    """Refuse the development kit: its numbers mean something only with meta.mat, a MATLAB structure.
 
-    meta = path.with_name("meta.mat")
-    if not meta.is_file():
-        raise ValueError("meta.mat is missing, which says what its numbers stand for")
-    if meta.stat().st_size > LARGEST:
-        raise ValueError("meta.mat is larger than that of the development kit")
-    synsets = loadmat(meta, squeeze_me=True, variable_names=("synsets",))["synsets"]
-    classes = {int(number): str(name) for number, name in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
-    return _by_number(names, [classes[int(number)] for number in _text(path).split()])
+    scipy can read that, but trusts the sizes that such a file states, and crashes on changed ones (sources/matlab.py).
+    """
+    raise ValueError(
+        "its numbers stand for classes in a MATLAB structure, which is not read: put Kaggle's LOC_val_solution.csv or "
+        "TensorFlow's imagenet_2012_validation_synset_labels.txt beside the images"
+    )
 
 
 _KIT = "ILSVRC2012_validation_ground_truth.txt"
