@@ -280,6 +280,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
                 stops += 1
                 code = "/".join(map(str, sorted({c for c in codes if c is not None})))
                 table[(kind, moment, world, code)] += 1
+                print(f"{stops:3} {kind:15} {moment:11} {world} {len(victims)} {code}", flush=True)
                 allowed = {0} if finished or kind == "SIGSTOP" else set()
                 allowed |= {
                     "SIGKILL": {-9, 1, 0},
