@@ -87,7 +87,10 @@ def test_a_signal_while_torch_is_imported_is_one_line():
 
 
 def test_output_that_nobody_reads_does_not_change_the_exit_code(tmp_path):
-    code = "from falcon_fast.cli import entry, main; main.cli = lambda: print('x' * 10); entry.main()"
+    code = (
+        "import sys; from falcon_fast.cli import entry, main; from falcon_fast.training.records.console import SteadyOutput; "
+        "main.cli = lambda: (SteadyOutput(sys.stdout).write('x' * 10), SteadyOutput(sys.stdout).flush()); entry.main()"
+    )
     with open("/dev/full", "w") as full:  # noqa: PTH123
         assert subprocess.run([sys.executable, "-c", code], stdout=full, timeout=60).returncode == 0
 

@@ -68,12 +68,6 @@ def fail_at(host: Host, images: Path, folder: Path, k: int, number: int, once: b
     return code, line
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(full_disks, images, tmp_path):
-    expected, count = undisturbed(full_disks, images, tmp_path)
-    for k in (count // 3, 2 * count // 3):
-        fail_at(full_disks, images, tmp_path, k, errno.ENOSPC, False, expected)
-
-
 @pytest.mark.slow
 def test_every_write_may_be_the_one_that_fails(full_disks, images, tmp_path):
     """From the k-th write on, for every k, each with one of the errors; every fourth time only that one write fails."""

@@ -143,7 +143,9 @@ def test_a_killed_worker_is_one_line_and_exit_code_75(host, images, tmp_path):
     os.kill(worker, signal.SIGKILL)
     assert ended(host, [process], log) == [75]
     last = log.read_text().splitlines()[-1]
-    assert f"worker with process number {worker} was ended by a signal (Killed)" in last and "Traceback" not in last
+    # torch notices it by a signal or, if it waits for a batch just then, by looking.
+    assert f"worker with process number {worker} " in last and "memory ran out" in last
+    assert "Traceback" not in log.read_text()
     assert str(checkpoint.latest(run)) in last and host.orphans() == []
 
 
@@ -161,7 +163,7 @@ def test_workers_end_with_a_killed_trainer_and_leave_no_shared_memory(host, imag
 def test_a_run_whose_directory_is_taken_away_ends_with_a_line(host, images, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     (process,) = launch(host, 1, images, run, log, "--set", "training.epochs=5000")
-    wait_for(run / "metrics.csv", "\n3,", [process])
+    wait_for(run / "metrics.csv", "\n7,", [process])
     run.rename(tmp_path / "elsewhere")
     assert ended(host, [process], log) == [74]
     last = log.read_text().splitlines()[-1]
@@ -278,6 +280,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
                 stops += 1
                 code = "/".join(map(str, sorted({c for c in codes if c is not None})))
                 table[(kind, moment, world, code)] += 1
+                print(f"{stops:3} {kind:15} {moment:11} {world} {len(victims)} {code}", flush=True)
                 allowed = {0} if finished or kind == "SIGSTOP" else set()
                 allowed |= {
                     "SIGKILL": {-9, 1, 0},

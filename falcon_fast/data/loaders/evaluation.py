@@ -65,6 +65,7 @@ def evaluation_batches(
         collate_fn=_stack,
         worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # without it each start draws from the random state that the run's dropout uses
     )
     some = not len(split.images)
     with hold_signals():

@@ -137,6 +137,7 @@ def training_batches(
         collate_fn=_as_is,
         worker_init_fn=leave_signals_to_the_trainer,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # without it each start draws from the random state that the run's dropout uses
         prefetch_factor=2 if count else None,
     )
     with hold_signals():

@@ -141,6 +141,7 @@ def immediate_stops() -> Iterator[None]:
             for number, previous in before.items():
                 signal.signal(number, previous)
             command.installed = False
+            _command = _Command()  # what came to this command is nothing to the caller
             signal.set_wakeup_fd(wakeup)
             os.write(writer, b"\0")
             os.close(writer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -64,7 +65,7 @@ def test_workers_take_no_signal_while_they_start(split: Split) -> None:
     before = signal.signal(signal.SIGUSR1, lambda *_: taken.append(os.getpid()))
     try:
         with hold_signals():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
             assert taken == []
         assert taken == [os.getpid()]
         assert len(list(evaluation_batches(split, 8, CPU, batch_size=6, workers=2))) == 6

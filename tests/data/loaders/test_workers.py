@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from falcon_fast.data.loaders.evaluation import evaluation_batches
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.workers import auto_workers, training_batches
 from falcon_fast.data.sources.images import ImageFiles, Split
@@ -23,6 +24,14 @@ from falcon_fast.errors import UsageError
 from ..images import CPU, assert_no_workers_left, damage, same
 
 CROPPED = AUGMENTATIONS["imagenet-asymmetric"]
+
+
+def test_starting_the_workers_draws_nothing_from_the_random_state_of_the_run(split: Split) -> None:
+    """A resumed run starts them once more than an undisturbed one, and its dropout must be the same."""
+    before = torch.get_rng_state()
+    list(training_batches(split, Clock(0, 36, 6, CROPPED), 8, range(2), CPU, workers=1))
+    list(evaluation_batches(split, 8, CPU, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def check_crops(split: Split, batch_size: int, size: int, steps: range, flip_probability: float = 0.5) -> None:

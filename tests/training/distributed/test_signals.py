@@ -21,6 +21,14 @@ def test_a_stop_is_asked_for_though_nobody_can_be_told(monkeypatch):
         assert requested()
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Python's own handler: a shell ignores SIGINT for its background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_first_signal_is_answered_with_a_line_and_the_second_ctrl_c_acts(capfd):
     handlers = [signal.getsignal(number) for number in signals.REQUESTS]
     with signals.stop_requests("stopping") as requested:
@@ -79,6 +87,8 @@ def test_with_other_processes_a_signal_waits_for_the_next_exchange():
             signals.stop_together(False)  # this process is alone now
     signals.stop_together(True)
     assert not signals.stop_pending()  # outside of a command nothing is asked
+    with signals.stop_requests() as requested:  # and what came to a command is forgotten
+        assert not requested()
 
 
 def test_another_thread_handles_no_signals():
