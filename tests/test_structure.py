@@ -175,7 +175,7 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "test_structure.py": "this file",
         "test_package.py": "importing the package is light",
         "objective/test_adversarial.py": "embeddings that nobody should pass",
-        "objective/test_situations.py": "every situation that a caller of the loss and the projector can bring",
+        "objective/test_situations.py": "every situation that a caller of the loss can bring",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",
     }
