@@ -171,6 +171,8 @@ def test_modes(implementation, codes, mode):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("embeddings", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_any_default_dtype(implementation, codes, dtype, embeddings):
+    if implementation == "triton" and embeddings != torch.float32:
+        pytest.skip("the interpreter is slow")
     h1, h2 = (h.requires_grad_() for h in views(embeddings))
     expected = falcon_loss(h1, h2, codes, TAU, implementation=implementation)
     gradients = torch.autograd.grad(expected.loss, (h1, h2))
