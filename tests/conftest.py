@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from .commands import copied, falcon_fast, finished  # noqa: F401  # fixtures
+from .levels import level  # noqa: F401
 
 # No deadlines: a slow or busy machine is no error. And no random examples: a failure on one machine must appear on all.
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)
@@ -55,9 +56,9 @@ def image_folder(tmp_path: Path) -> Path:
 
     random = np.random.RandomState(0)
     root = tmp_path / "images"
-    for name, level in (("dark", 60), ("light", 190)):
+    for name, gray in (("dark", 60), ("light", 190)):
         (root / name).mkdir(parents=True)
         for i in range(20):
-            pixels = np.clip(random.normal(level, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(random.normal(gray, 30, (20, 24, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
     return root

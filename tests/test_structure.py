@@ -179,7 +179,7 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "runs/test_every_setting.py": "every value of every setting runs or is refused in one line",
         "cli/test_bad_command_lines.py": "what cannot work, of every command",
         "objective/test_adversarial.py": "embeddings that nobody should pass",
-        "objective/test_situations.py": "every situation that a caller of the loss and the projector can bring",
+        "objective/test_situations.py": "every situation that a caller of the loss can bring",
         "test_security.py": "no command and no module reaches an unpickler; each promise of SECURITY.md names its test",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
         "runs/test_stops.py": "stops at any moment, in every way",

@@ -82,8 +82,9 @@ class FalconProjector(nn.Module):
         self.implementation = implementation
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        by_triton = self._runs_triton(features)
         self._check(features)
-        if self._runs_triton(features):
+        if by_triton:
             return self._triton(features)
         wide = torch.float64 if self.linear.weight.dtype == torch.float64 else torch.float32
         with without_autocast(features.device):

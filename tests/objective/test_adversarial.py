@@ -6,32 +6,15 @@ import pytest
 import torch
 
 from falcon_fast import HadamardCodes, RademacherCodes, falcon_loss
-from falcon_fast.kernels import cpu_extension, why_no_triton
-from falcon_fast.kernels.cpu import sweeps
+from falcon_fast.kernels import why_no_triton
 
 from .adversarial import FARTHEST, KINDS, case, complaints
 
 # How far off an input may be, relative to the largest of its row: 16-bit fixed point, float32, float16.
 ROUNDING = {"cpu": 2.0**-15, "reference": 2.0**-22, "triton": 2.0**-11}
-LEVELS = ["torch", *(cpu_extension.levels() if cpu_extension else ())]
 needs_triton = pytest.mark.skipif(
     why_no_triton(torch.device("cpu")) is not None, reason="needs TRITON_INTERPRET=1, which is set without a GPU"
 )
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Each instruction set of this processor, and PyTorch alone."""
-    if request.param == "torch":
-        monkeypatch.setattr(sweeps, "cpu_extension", None)
-        monkeypatch.setattr("falcon_fast.kernels.cpu.plan.cpu_extension", None)
-        monkeypatch.setattr("falcon_fast.kernels.signs.cpu_extension", None)
-        yield "torch"
-        return
-    best = cpu_extension.level()
-    cpu_extension.use_level(request.param)
-    yield request.param
-    cpu_extension.use_level(best)
 
 
 def test_the_cases_are_of_every_kind():

@@ -21,24 +21,6 @@ from falcon_fast.kernels.spec import LossSpec
 
 from ...vectors import GOLDEN, golden_vectors
 
-LEVELS = ["torch", *(cpu_extension.levels() if cpu_extension else ())]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Each instruction set of this processor, and PyTorch alone."""
-    if request.param == "torch":
-        monkeypatch.setattr(sweeps, "cpu_extension", None)
-        monkeypatch.setattr("falcon_fast.kernels.cpu.plan.cpu_extension", None)
-        monkeypatch.setattr("falcon_fast.kernels.signs.cpu_extension", None)
-        yield "torch"
-        return
-    best = cpu_extension.level()
-    cpu_extension.use_level(request.param)
-    yield request.param
-    cpu_extension.use_level(best)
-
-
 needs_extension = pytest.mark.skipif(cpu_extension is None, reason="extension not built")
 
 
