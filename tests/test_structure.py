@@ -47,7 +47,8 @@ ROOMS: dict[str, set[str]] = {
 }
 # The same inside the rooms that have rooms of their own. Files of the outer room may import all of these.
 INNER: dict[str, set[str]] = {
-    "data.sources": set(),
+    "data.sources.layout": set(),
+    "data.sources": {"data.sources.layout"},
     "data.views": {"data.sources"},
     "data.loaders": {"data.sources", "data.views"},
     "training.distributed": set(),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from falcon_fast import runs
 from falcon_fast.runs import directory as run_directory
@@ -34,6 +36,41 @@ def test_other_images_are_seen_as_the_run_saw_its_own(copied, image_folder, falc
     assert "held out" in out
     trained = runs.load_trained(copied, "cpu")
     assert {(source.size, source.mean, source.std) for source in sources} == {(16, trained.mean, trained.std)}
+
+
+def test_a_run_of_cifar10_is_evaluated_on_any_images(tmp_path, image_folder, falcon_fast):
+    random = np.random.RandomState(0)
+    for split, n in (("train", 3), ("test", 2)):
+        for label in range(10):
+            for i in range(n):
+                path = tmp_path / "ten" / split / f"c{label}" / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(random.randint(0, 256, (32, 32, 3)).astype(np.uint8)).save(path)
+    small = "--num-codes 64 --embedding-dim 16 --temperature-batch 1 --set model.width=4 --epochs 1 --batch-size 8 --device cpu"
+    run = tmp_path / "run"
+    options = [*small.split(), "--set", "data.workers=0", "--data", tmp_path / "ten", "--run-dir", run]
+    code, _, err = falcon_fast("train", "--recipe", "cifar10-resnet8", *options)
+    assert code == 0, err
+    code, out, err = falcon_fast("evaluate", run, "--data", image_folder, "--device", "cpu")
+    assert code == 0, err
+    assert "of images/ (40 images in 2 classes)" in out
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["raw_pixels"]["probe"] == 1.0  # its own labels: dark and light
+    for path in sorted(image_folder.rglob("*.png")):
+        path.rename(tmp_path / f"{path.parent.name}{path.name}")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(tmp_path.glob("*.png")):
+        path.rename(flat / path.name)
+    code, out, err = falcon_fast("evaluate", run, "--data", flat, "--device", "cpu")
+    assert code == 0, err
+    assert "no test split and no labels: all of flat/ (40 images) is evaluated" in out
+    assert "there are no probe, kNN or clustering figures" in out
+    trained = json.loads((run / "evaluation.json").read_text())["trained"]
+    assert trained["probe"] is None and trained["nmi_kmeans"] is None
+    assert all(
+        check["value"] is not None for check in trained["collapse"].values()
+    )  # 40 images are enough, a tenth is not
 
 
 def test_figures_are_shown_though_they_cannot_be_written(copied, monkeypatch, falcon_fast):

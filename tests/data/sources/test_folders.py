@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from importlib import resources
@@ -307,6 +308,127 @@ def test_imagenet100_takes_its_hundred_classes_out_of_a_thousand(tmp_path: Path)
     assert source.train.labels is not None and sorted(source.train.labels) == sorted(list(range(100)) * 2)
     (tmp_path / "val" / names[5]).rename(tmp_path / "elsewhere")
     assert f"no class folder {names[5]}, one of 1 of ImageNet-100" in refused("imagenet100", tmp_path)
+
+
+def test_imagenet_as_unpacked(tmp_path: Path) -> None:
+    """Kaggle's folders: val/ flat with its labels in LOC_val_solution.csv, test/ flat and without labels."""
+    chosen, others = imagenet100_names()[:3], ["n00000001", "n00000002"]
+    inner = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    for name in (*chosen, *others):
+        for i in range(3):
+            save(inner / "train" / name / f"{name}_{i}.jpg")
+    lines = ["ImageId,PredictionString"]
+    for i, name in enumerate((*chosen, *others, chosen[0]), 1):
+        save(inner / "val" / f"ILSVRC2012_val_{i:08d}.jpg", i)
+        lines.append(f"ILSVRC2012_val_{i:08d},{name} 1 2 3 4 {name} 5 6 7 8")
+    for i in range(4):
+        save(inner / "test" / f"ILSVRC2012_test_{i:08d}.jpg")
+    save(inner / "val" / "ILSVRC2012_val_00000099.jpg")  # the list does not name it
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
+    (tmp_path / "ILSVRC" / "Annotations" / "CLS-LOC").mkdir(parents=True)
+    for root in (tmp_path, inner):
+        source = folder(root)
+        assert source.classes == tuple(sorted((*chosen, *others)))
+        assert (len(source.train.images), len(source.test.images)) == (15, 6)
+        assert source.test.labels is not None
+        found = [source.classes[label] for label in source.test.labels]
+        assert found == [*chosen, *others, chosen[0]]
+        assert "test/ (4 images; no class folders, so no labels)" in source.notes[0]
+        assert f"its labels from {tmp_path}/LOC_val_solution.csv" in source.notes[0]
+        assert "1 image of the test split without a label in the list left out" in source.notes
+
+
+def test_imagenet_without_a_list_holds_out_a_tenth(tmp_path: Path) -> None:
+    for name in ("train/n01440764/1.jpg", "train/n01443537/1.jpg", "val/1.jpg", "val/2.jpg", "test/1.jpg"):
+        save(tmp_path / name)
+    source = folder(tmp_path)
+    assert {name.split("/")[0] for name in names(source.test, tmp_path)} == {"train"}
+    assert "val/ (2 images; no class folders, so no labels)" in source.notes[0]
+
+
+def test_tiny_imagenet_as_unpacked(tmp_path: Path) -> None:
+    wnids = ["n02124075", "n04067472", "n04540053"]
+    for wnid in wnids:
+        for i in range(4):
+            save(tmp_path / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+        (tmp_path / "train" / wnid / f"{wnid}_boxes.txt").write_text("x")
+    labels = [wnids[i % 3] for i in (2, 0, 1, 1, 2)]
+    for i in range(5):
+        save(tmp_path / "val" / "images" / f"val_{i}.JPEG")
+        save(tmp_path / "test" / "images" / f"test_{i}.JPEG")
+    (tmp_path / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\t{label}\t0\t32\t44\t62\n" for i, label in enumerate(labels))
+    )
+    (tmp_path / "wnids.txt").write_text("\n".join(reversed(wnids)))
+    source = folder(tmp_path)
+    assert source.classes == tuple(wnids) and len(source.train.images) == 12
+    assert source.train.labels is not None and Counter(source.train.labels.tolist()) == {0: 4, 1: 4, 2: 4}
+    assert source.test.labels is not None and [wnids[label] for label in source.test.labels] == labels
+    assert [Path(name).name for name in names(source.test, tmp_path)] == [f"val_{i}.JPEG" for i in range(5)]
+    assert "left out: test/ (5 images; no class folders, so no labels)" in source.notes[0]
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn09999999\n")
+    assert "class 'n09999999' is not among those" in refusal(DataConfig(path=str(tmp_path)))
+
+
+def test_imagenet100_out_of_a_flat_validation_folder(tmp_path: Path) -> None:
+    chosen = imagenet100_names()
+    for name in (*chosen, "n00000001"):
+        save(tmp_path / "train" / name / "1.jpg")
+    lines = []
+    for i, name in enumerate(("n00000001", *chosen), 1):
+        save(tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG", 1)
+        lines.append(f"ILSVRC2012_val_{i:08d},{name} 1 2 3 4")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
+    source = opened("imagenet100", tmp_path)
+    assert len(source.classes) == len(source.train.images) == len(source.test.images) == 100
+    assert source.test.labels is not None and [source.classes[label] for label in source.test.labels] == chosen
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines[:-1]))
+    assert f"no class folder {chosen[-1]}, one of 1 of ImageNet-100" in refused("imagenet100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "VAL"), ("train", "valid"), ("train", "Test")],
+)
+def test_no_test_image_is_trained_on(train: str, test: str, tmp_path: Path) -> None:
+    for i in range(3):
+        for c in "ab":
+            save(tmp_path / train / c / f"{i}.png")
+            save(tmp_path / test / c / f"{i}.png")
+    source = folder(tmp_path)
+    assert {name.split("/")[0] for name in names(source.train, tmp_path)} == {train}
+    assert {name.split("/")[0] for name in names(source.test, tmp_path)} == {test}
+    assert source.classes == ("a", "b")
+    assert source.notes[0].startswith(f"training split {train}/ (6 images in 2 classes), test split {test}/ (6 images")
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """Runs that began before the rules for splits were written resume: the hash is of these names and sizes, in this order."""
+    for name in ("train/a/2.png", "train/a-b/1.png", "train/a/x/1.png", "test/a/1.png", "test/a-b/3.png"):
+        save(tmp_path / name)
+    files = ["train/a/2.png", "train/a/x/1.png", "train/a-b/1.png", "test/a/1.png", "test/a-b/3.png"]
+    digest = hashlib.sha256(b"".join(f"{name}\0{10}x{8}\0".encode() for name in files))
+    assert folder(tmp_path).fingerprint == digest.hexdigest()[:16]
+
+
+def test_folders_without_images_and_links_that_are_not_followed_are_said(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "empty").mkdir()
+    for name in ("one", "two"):
+        (image_folder / name).symlink_to(tmp_path / "more")
+    save(tmp_path / "more" / "1.png")
+    os.mkfifo(image_folder / "dark" / "pipe.jpg")
+    notes = folder(image_folder).notes
+    assert any(note.startswith("1 folder without images, so no class: empty") for note in notes)
+    assert any(note.startswith("links that lead where another link leads are not followed: 1") for note in notes)
+    assert any("pipe.jpg (not a regular file)" in note for note in notes)
+
+
+def test_only_archives(tmp_path: Path) -> None:
+    for name in ("train/00000.tar", "train/00001.tar", "val/00000.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    message = refusal(DataConfig(path=str(tmp_path)))
+    assert "no image in it, but 3 tar archives (the first: train/00000.tar), not read: unpack them" in message
 
 
 def test_the_sample_has_one_of_each_class(shared: Path) -> None:

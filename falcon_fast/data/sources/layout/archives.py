@@ -119,7 +119,7 @@ def describe(folder: Folder) -> str:
     folder_of_first = paths[0].rpartition(os.sep)[0]
     several = sum(path.rpartition(os.sep)[0] == folder_of_first for path in paths) > 1
     first = shown(os.path.relpath(paths[0], folder.path))
-    return f"{_counts(found)} (the first: {first}), which are not read: {kind.advice(paths[0], several)}"
+    return f"{_counts(found)} (the first: {first}), not read: {kind.advice(paths[0], several)}"
 
 
 def but(folder: Folder) -> str:

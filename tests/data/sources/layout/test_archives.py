@@ -50,9 +50,7 @@ def test_one_line_with_the_number_of_each_kind(tmp_path: Path) -> None:
     make(tmp_path, "train/{0,1,2}.tar", "val/0.tar", "a.zip", "notes.txt")
     top = walk(tmp_path)
     assert counted(top) == "4 tar archives, 1 ZIP archive"
-    assert describe(top).startswith(
-        "4 tar archives, 1 ZIP archive (the first: train/0.tar), which are not read: unpack them"
-    )
+    assert describe(top).startswith("4 tar archives, 1 ZIP archive (the first: train/0.tar), not read: unpack them")
     assert but(top) == f", but {describe(top)}" and "\n" not in but(top)
     assert (
         describe(walk(make(tmp_path / "no", "a.txt")))
