@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from falcon_fast.training.checkpoints.storage import INDEX, Reader, TensorPlanne
 
 FORMAT = 2  # is raised when an older reader would misunderstand a checkpoint
 PREFIX = "step-"
+NAME = re.compile(rf"{PREFIX}[0-9]{{8,15}}")  # messages show it, so it cannot be any text
 LARGEST_FACTS = 2**20  # bytes of run.json, which has 1 KB
 LONGEST_FACT = 2**14  # characters; a message may show a fact
 MOST_LISTS = 100  # in a fact; thousands inside each other cannot be shown
@@ -68,8 +70,12 @@ def _random_states(rank: int) -> dict[str, torch.Tensor]:
 
 def complete(directory: Path) -> list[Path]:
     """Return the complete checkpoints in `directory`, oldest first. Raises UsageError if all have the old, unsafe format."""
-    found = sorted(p for p in directory.glob(f"{PREFIX}*") if (p / INDEX).is_file() and (p / "run.json").is_file())
-    if not found and (old := sorted(p for p in directory.glob(f"{PREFIX}*") if (p / ".metadata").is_file())):
+    named = sorted(
+        (p for p in directory.glob(f"{PREFIX}*") if NAME.fullmatch(p.name)),
+        key=lambda p: int(p.name.removeprefix(PREFIX)),
+    )
+    found = [p for p in named if (p / INDEX).is_file() and (p / "run.json").is_file()]
+    if not found and (old := [p for p in named if (p / ".metadata").is_file()]):
         raise UsageError(
             f"checkpoint {old[-1]} was written by an earlier development version of falcon_fast, in a format that can run "
             "code when it is read, so it is not read: train again; if it is your own, the version that wrote it can read it"
@@ -91,14 +97,11 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = read_json(path / "run.json", LARGEST_FACTS)
         number = facts.get("format") if isinstance(facts, dict) else None
         if type(number) is not int:
-            raise ValueError("it names no format")
+            raise ValueError("run.json names no format")
         if number <= FORMAT:
             _check_facts(facts)
     except (OSError, ValueError, RecursionError) as error:  # json.dumps goes less deep than json.loads
-        reason = one_line(error)
-        raise UsageError(
-            f"checkpoint {path} is damaged (run.json: {reason}): remove it to use the one before it"
-        ) from None
+        raise _damaged(path, error) from None
     if number > FORMAT:
         raise UsageError(
             f"checkpoint {path} has format {number}, but this version reads formats up to {FORMAT}: update falcon_fast"
@@ -110,15 +113,15 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     """Raise ValueError if a fact that the code works with (and does not only compare) is missing or out of range."""
     for name, value in facts.items():
         if not name.isprintable() or (isinstance(value, str) and not value.isprintable()):
-            raise ValueError("a fact is not printable text")
+            raise ValueError("run.json has a fact that is not printable text")
         text = json.dumps(value)
         if len(name) + len(text) > LONGEST_FACT or (not isinstance(value, str) and text.count("[") > MOST_LISTS):
-            raise ValueError(f"its {name[:80]} is longer than any fact of a run")
+            raise ValueError(f"run.json: its {name[:80]} is longer than any fact of a run")
     step, seconds = facts.get("step"), facts.get("seconds")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
-        raise ValueError("its step is not the number of a step")
+        raise ValueError("run.json: its step is not the number of a step")
     if not isinstance(seconds, int | float) or not 0 <= seconds < 2**53:
-        raise ValueError("its seconds are not a time")
+        raise ValueError("run.json: its seconds are not a time")
     for name, least in (("mean", -math.inf), ("std", 0.0)):
         if name in facts:
             numbers = facts[name]
@@ -127,7 +130,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
                 or len(numbers) != 3
                 or not all(type(n) in (int, float) and least < n and abs(n) < LARGEST_LEVEL for n in numbers)
             ):
-                raise ValueError(f"its {name} is not that of three colour channels")
+                raise ValueError(f"run.json: its {name} is not that of three colour channels")
 
 
 def check_network(path: Path, network: nn.Module) -> None:
