@@ -29,7 +29,7 @@ from falcon_fast.training.checkpoints.storage import INDEX, LARGEST_INDEX, Reade
 FORMAT = 3  # is raised when an older reader would misunderstand a checkpoint
 FIRST_SEALED = 3  # the first format with checksums
 PREFIX = "step-"
-NAME = re.compile(rf"{PREFIX}\d{{8,}}")
+NAME = re.compile(rf"{PREFIX}[0-9]{{8,15}}")  # messages show it, so it cannot be any text
 LATER = ("bad_steps",)  # tensors that checkpoints of the first versions lack; the run's own then keep their values
 LARGEST_FACTS = 2**20  # bytes of run.json, which has 1 KB
 LONGEST_FACT = 2**14  # characters; a message may show a fact
@@ -117,7 +117,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = read_json(path / "run.json", LARGEST_FACTS)
         number = facts.get("format") if isinstance(facts, dict) else None
         if type(number) is not int:
-            raise ValueError("it names no format")
+            raise ValueError("run.json names no format")
         if number <= FORMAT:
             if number >= FIRST_SEALED or SEAL in facts:
                 check_seal(facts)
@@ -137,15 +137,15 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     """Raise ValueError if a fact that the code works with (and does not only compare) is missing or out of range."""
     for name, value in facts.items():
         if not name.isprintable() or (isinstance(value, str) and not value.isprintable()):
-            raise ValueError("a fact is not printable text")
+            raise ValueError("run.json has a fact that is not printable text")
         text = json.dumps(value)
         if len(name) + len(text) > LONGEST_FACT or (not isinstance(value, str) and text.count("[") > MOST_LISTS):
-            raise ValueError(f"its {name[:80]} is longer than any fact of a run")
+            raise ValueError(f"run.json: its {name[:80]} is longer than any fact of a run")
     step, seconds = facts.get("step"), facts.get("seconds")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
-        raise ValueError("its step is not the number of a step")
+        raise ValueError("run.json: its step is not the number of a step")
     if not isinstance(seconds, int | float) or not 0 <= seconds < 2**53:
-        raise ValueError("its seconds are not a time")
+        raise ValueError("run.json: its seconds are not a time")
     for name, least in (("mean", -math.inf), ("std", 0.0)):
         if name in facts:
             numbers = facts[name]
@@ -154,7 +154,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
                 or len(numbers) != 3
                 or not all(type(n) in (int, float) and least < n and abs(n) < LARGEST_LEVEL for n in numbers)
             ):
-                raise ValueError(f"its {name} is not that of three colour channels")
+                raise ValueError(f"run.json: its {name} is not that of three colour channels")
 
 
 def check_network(path: Path, network: nn.Module) -> None:

@@ -87,6 +87,14 @@ def test_an_incomplete_directory_is_no_checkpoint(tmp_path):
         checkpoint.latest(tmp_path)
 
 
+def test_other_names_are_no_checkpoints_and_the_newest_has_the_largest_step(tmp_path):
+    path = save(tmp_path, trained(), 99_999_999)
+    for name in ("step-100000000", "step-1\n\x1b[31m", "step-x", "step-12345", "step-00000009 (copy)"):
+        shutil.copytree(path, path.with_name(name))
+    assert [p.name for p in checkpoint.complete(path.parent)] == ["step-99999999", "step-100000000"]
+    assert checkpoint.latest(tmp_path).name == "step-100000000"
+
+
 def test_damage_and_misfits_are_one_line(tmp_path):
     parts = trained()
     path = save(tmp_path, parts)
