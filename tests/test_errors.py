@@ -6,9 +6,24 @@ import pickle
 
 import pytest
 
-from falcon_fast.errors import FinalError, RunStopped, SystemFault, TrainingError, UsageError
+from falcon_fast.errors import (
+    FinalError,
+    RunStopped,
+    SystemFault,
+    TemporaryError,
+    TrainingError,
+    UsageError,
+    WriteError,
+)
 
-KINDS = {UsageError: ValueError, TrainingError: RuntimeError, SystemFault: OSError, RunStopped: Exception}
+KINDS = {
+    UsageError: ValueError,
+    TrainingError: RuntimeError,
+    SystemFault: OSError,
+    WriteError: OSError,
+    TemporaryError: Exception,
+    RunStopped: Exception,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

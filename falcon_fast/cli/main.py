@@ -13,7 +13,7 @@ from falcon_fast.cli.info import info
 from falcon_fast.cli.plan import plan
 from falcon_fast.cli.profile import profile
 from falcon_fast.cli.train import train
-from falcon_fast.errors import RunStopped, TrainingError, UsageError
+from falcon_fast.errors import FinalError, RunStopped
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,21 +29,17 @@ for command in (train, evaluate, plan, profile, data, info):
 def main() -> None:
     """Run the console script.
 
-    Exit codes: 2 after a UsageError; 1 after a TrainingError or an OSError (a full disk, a file system that went away); 130 after
-    a run that was asked to stop. torchrun itself exits with code 1 in all of these cases. Each error is one line on stderr.
+    Each error is one line on stderr. The exit code is that of the error (errors.py), and 1 after an OSError that no code turned
+    into an error of its own. torchrun itself exits with code 1 in all of these cases.
     """
     # Pillow refuses images from twice its limit on, which protects enough; its warning below that is switched off.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
         cli()
-    except (UsageError, TrainingError, OSError, RunStopped) as error:
+    except (FinalError, OSError) as error:
         from falcon_fast.training.distributed.stopping import leave, speaks
 
-        if isinstance(error, RunStopped):
-            code = 130
-        else:
-            code = 2 if isinstance(error, UsageError) else 1
-            if speaks(error):
-                click.echo(f"error: {error}", err=True)
+        if not isinstance(error, RunStopped) and speaks(error):
+            click.echo(f"error: {error}", err=True)
         leave(error)
-        sys.exit(code)
+        sys.exit(error.exit_code if isinstance(error, FinalError) else 1)

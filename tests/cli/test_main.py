@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from falcon_fast.cli import main as cli
-from falcon_fast.errors import RunStopped, SystemFault, TrainingError, UsageError
+from falcon_fast.errors import RunStopped, SystemFault, TemporaryError, TrainingError, UsageError, WriteError
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from falcon_fast.errors import RunStopped, SystemFault, TrainingError, UsageErro
         (TrainingError("diverged", everywhere=True), 1, "error: diverged\n"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device\n"),
         (SystemFault("process 1: full", everywhere=True), 1, "error: process 1: full\n"),
+        (WriteError("RUN/metrics.csv: full"), 74, "error: RUN/metrics.csv: full\n"),
+        (TemporaryError("the disk is away"), 75, "error: the disk is away\n"),
         (RunStopped(everywhere=True), 130, ""),
     ],
 )

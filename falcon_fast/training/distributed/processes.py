@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from falcon_fast.errors import FinalError, SystemFault, TrainingError, UsageError
+from falcon_fast.errors import FinalError, SystemFault, UsageError
 
 T = TypeVar("T")
 
@@ -70,13 +70,13 @@ class Processes:
         (`stopping.speaks`).
 
         Raises:
-            UsageError, TrainingError, SystemFault: the first process that failed inside raised such an error (an OSError becomes
-                a SystemFault). In a run of one process the error itself is raised.
+            FinalError: the first process that failed inside raised an error of this class (an OSError becomes a SystemFault).
+                In a run of one process the error itself is raised.
         """
         failure: Exception | None = None
         try:
             yield
-        except (UsageError, TrainingError, OSError) as caught:
+        except (FinalError, OSError) as caught:
             failure = caught
         if self.control is None and failure is not None:
             raise failure
@@ -120,9 +120,7 @@ class Processes:
 
 def _kind(error: Exception) -> type[FinalError]:
     """Return the class of the error that all processes raise for `error`."""
-    if isinstance(error, UsageError):
-        return UsageError
-    return TrainingError if isinstance(error, TrainingError) else SystemFault
+    return type(error) if isinstance(error, FinalError) else SystemFault
 
 
 def _message(error: Exception) -> str:

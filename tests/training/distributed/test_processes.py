@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from falcon_fast.errors import SystemFault, UsageError
+from falcon_fast.errors import SystemFault, TemporaryError, UsageError
 from falcon_fast.training.distributed.processes import Processes, join
 from falcon_fast.training.distributed.stopping import everywhere, speaks
 
@@ -23,12 +23,17 @@ def _two_processes(rank, world):
     found["mean"] = processes.mean(torch.tensor([1.0, 2.0]) * (rank + 1)).tolist()
     found["least"] = int(processes.least(torch.tensor(7 - rank)))
     # What one process alone finds wrong, all say.
-    for error in (UsageError("no such thing"), OSError(28, "No space left on device"), FileNotFoundError(2, "gone")):
+    for error in (
+        UsageError("no such thing"),
+        OSError(28, "No space left on device"),
+        FileNotFoundError(2, "gone"),
+        TemporaryError("away"),
+    ):
         try:
             with processes.together():
                 if rank == 1:
                     raise error
-        except (UsageError, OSError) as raised:
+        except (UsageError, TemporaryError, OSError) as raised:
             found[type(error).__name__] = (type(raised).__name__, str(raised), everywhere(raised))
     return found
 
@@ -47,6 +52,7 @@ def test_values_are_exchanged_in_the_order_of_the_ranks(two):
 
 def test_an_error_of_one_process_is_everyones(two):
     assert [found["UsageError"] for found in two] == [("UsageError", "process 1: no such thing", True)] * 2
+    assert [found["TemporaryError"] for found in two] == [("TemporaryError", "process 1: away", True)] * 2
     for name, reason in (("OSError", "No space left"), ("FileNotFoundError", "gone")):
         for found in two:
             kind, line, shared = found[name]
