@@ -58,6 +58,9 @@ class DataConfig:
     max_bad_fraction: float = (
         0.01  # share of the training images that may be unreadable; one always may, unless this is 0
     )
+    # Largest width times height of an image, which takes 4 to 12 bytes per pixel while it is decoded; larger ones count as
+    # unreadable.
+    max_pixels: int = 178_956_970
 
 
 @dataclass(frozen=True)
@@ -360,6 +363,7 @@ def validate(config: Config) -> Config:
         ("data.workers", data.workers, -1),
         ("data.resident_mib", data.resident_mib, 0),
         ("data.max_bad_fraction", data.max_bad_fraction, 0),
+        ("data.max_pixels", data.max_pixels, 1),
         ("model.width", model.width, 1),
         ("loss.temperature_batch", loss.temperature_batch, 1),
         ("loss.beta", loss.beta, 0),

@@ -175,6 +175,7 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "test_structure.py": "this file",
         "test_package.py": "importing the package is light",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
+        "data/loaders/test_agreement.py": "every loader on files of every kind, good and bad",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",
     }
     known = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falcon_fast.config import Config, load_config, override, validate
+from falcon_fast.data.sources.listing import NAME as LISTING
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.host_memory import keep_host_memory
 from falcon_fast.runs.directory import CHANGEABLE, State, create_run_directory, remove_partials, state_of
@@ -113,7 +114,7 @@ def begin(
     if state == "finished":
         return None
     begun = how == "resume" or state == "begun"
-    run = prepare(config, processes)
+    run = prepare(config, processes, listing=directory / LISTING if begun else None)
     keep_host_memory(run.device)
     step, seconds = restore(run, directory) if begun else (0, 0.0)
     with processes.together():

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.data.sources.decoding import header, read_image
 from falcon_fast.data.sources.folders import image_paths
-from falcon_fast.data.sources.images import header, read_image
 from falcon_fast.training.run import prepare
 
 from .images import damage, smooth, write_every_kind

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data.sources import manifest
+from falcon_fast.data.sources import manifest, value_ranges
+from falcon_fast.data.sources.decoding import MAX_PIXELS
 from falcon_fast.data.sources.images import ImageFiles, Source, Split, fingerprint, held_out, shown
 from falcon_fast.data.sources.manifest import Entry
 from falcon_fast.errors import UsageError
@@ -75,7 +76,9 @@ def _scan(root: Path, entries: dict[Path, Entry]) -> _Scan:
     )
 
 
-def _look(root: Path, places: Sequence[Path], only: frozenset[str] | None) -> tuple[dict[Path, Entry], tuple[str, ...]]:
+def _look(
+    root: Path, places: Sequence[Path], only: frozenset[str] | None, max_pixels: int
+) -> tuple[dict[Path, Entry], tuple[str, ...]]:
     """Return what is known of all image files in these places below `root`, and lines for the user.
 
     The lines say which files were left out, and whether the manifest was out of date.
@@ -84,8 +87,8 @@ def _look(root: Path, places: Sequence[Path], only: frozenset[str] | None) -> tu
         places = [place / name for place in places for name in sorted(only)]
     others: Counter[str] = Counter()
     paths = [path for place in places for path in image_paths(place, others)]
-    entries, differing = manifest.scan(root, places, paths)
-    notes = []
+    entries, differing = manifest.scan(root, places, paths, max_pixels)
+    notes = value_ranges.lines(entry.depth for entry in entries)
     if others:
         names = " ".join(shown(extension or "none") for extension, _ in others.most_common(5))
         notes.append(f"{_files(others.total())} left out by extension ({names}{' ...' if len(others) > 5 else ''})")
@@ -98,7 +101,7 @@ def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
-def open_imagenet100(root: Path, size: int) -> Source:
+def open_imagenet100(root: Path, size: int, max_pixels: int = MAX_PIXELS) -> Source:
     """Open ImageNet-100, the hundred classes of Contrastive Multiview Coding (Tian et al. 2020).
 
     The folder may hold all thousand classes of ImageNet.
@@ -107,10 +110,10 @@ def open_imagenet100(root: Path, size: int) -> Source:
         UsageError: class folders are missing.
     """
     names = (resources.files("falcon_fast.data.sources") / "imagenet100.txt").read_text(encoding="utf-8").split()
-    return open_folder(root, size, frozenset(names))
+    return open_folder(root, size, frozenset(names), max_pixels)
 
 
-def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> Source:
+def open_folder(root: Path, size: int, only: frozenset[str] | None = None, max_pixels: int = MAX_PIXELS) -> Source:
     """Open any folder of images.
 
     Args:
@@ -118,9 +121,11 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
             split; otherwise a fixed tenth of the images is held out as the test split.
         size: side of a view in pixels; 0 for the median short side of the images, at most 224.
         only: use just these classes, all of which must be there. None for all classes.
+        max_pixels: largest width times height of an image.
 
     Raises:
         UsageError: there are no readable images, or the classes of the splits do not match.
+        TemporaryError: the disk cannot be read.
     """
     train_root = root / "train" if (root / "train").is_dir() else root
     test_root = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
@@ -132,7 +137,7 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
             raise UsageError(
                 f"--data {shown(folder)}: no class folder {missing[0]}, one of {len(missing)} of ImageNet-100 that are missing"
             )
-    entries, notes_on_manifest = _look(root, places, only)
+    entries, notes_on_manifest = _look(root, places, only, max_pixels)
     scans = [_scan(place, entries) for place in places]
     for scan, place in zip(scans, (train_root, test_root), strict=False):
         if not scan.paths:
@@ -159,7 +164,7 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
     def split(scan: _Scan, indices: Sequence[int] | np.ndarray | None = None) -> Split:
         chosen = range(len(scan.paths)) if indices is None else indices
         labels = np.array([numbers[scan.classes[i]] for i in chosen], np.int64) if labelled else None
-        files = ImageFiles(tuple(str(scan.paths[i]) for i in chosen), tuple(scan.sizes[i] for i in chosen))
+        files = ImageFiles(tuple(str(scan.paths[i]) for i in chosen), tuple(scan.sizes[i] for i in chosen), max_pixels)
         return Split(files, labels)
 
     notes = list(notes_on_manifest)
@@ -187,7 +192,7 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
         why = "images outside the class folders" if len(names) > 1 else "no class folders"
         notes.append(f"{why}: training and the collapse checks work, but there are no probe, kNN or clustering figures")
     return Source(
-        train=train,
+        train=_with_unreadable(train, train_root, scans[0].unreadable, numbers if labelled else None),
         test=test,
         classes=tuple(names) if labelled else (),
         size=size or min(FOLDER_SIZE, int(np.median([min(each) for each in scans[0].sizes]))),
@@ -199,6 +204,25 @@ def open_folder(root: Path, size: int, only: frozenset[str] | None = None) -> So
             for path, (width, height) in zip(scan.paths, scan.sizes, strict=True)
         ),
         notes=tuple(notes),
-        known_bad=tuple((i, scans[0].reasons[k]) for i, k in enumerate(kept.tolist()) if scans[0].reasons[k]),
-        left_out=tuple((str(path), reason) for path, reason in scans[0].unreadable),
+        known_bad=(
+            *((i, scans[0].reasons[k]) for i, k in enumerate(kept.tolist()) if scans[0].reasons[k]),
+            *((len(kept) + i, reason) for i, (_, reason) in enumerate(scans[0].unreadable)),
+        ),
     )
+
+
+def _with_unreadable(
+    train: Split, root: Path, unreadable: list[tuple[Path, str]], numbers: dict[str, int] | None
+) -> Split:
+    """Return the training split with the unreadable files behind its images. A file in no known class gets the first one."""
+    assert isinstance(train.images, ImageFiles) and train.images.sizes is not None
+    paths = [path for path, _ in unreadable]
+    files = ImageFiles(
+        train.images.paths + tuple(map(str, paths)),
+        train.images.sizes + ((0, 0),) * len(paths),
+        train.images.max_pixels,
+    )
+    if train.labels is None or numbers is None:
+        return Split(files, None)
+    labels = [numbers.get(path.relative_to(root).parts[0], 0) for path in paths]
+    return Split(files, np.concatenate([train.labels, np.array(labels, np.int64)]))

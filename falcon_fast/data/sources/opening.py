@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 SMALL = {"cifar10": open_cifar10, "cifar100": open_cifar100, "svhn": open_svhn}
 
 
+def root_of(config: DataConfig) -> Path:
+    """Return the folder of the images that `config` names."""
+    return Path(os.path.expanduser(config.path))
+
+
 def open_source(config: DataConfig) -> Source:
     """Return the source that `config` names. Its views have `data.size` pixels a side if that is set.
 
     Raises:
         UsageError: the path does not exist, holds no readable image, or does not belong to this kind of source.
+        TemporaryError: the disk cannot be read.
     """
     if config.source == "digits":
         if config.path:
@@ -35,13 +41,15 @@ def open_source(config: DataConfig) -> Source:
     if not config.path:
         raise UsageError(f"recipe source {config.source!r} needs --data PATH, the folder of the images")
     try:
-        root = Path(os.path.expanduser(config.path))
+        root = root_of(config)
         if not root.exists():
             raise UsageError(f"--data {shown(root)}: no such path")
         if not root.is_dir():
             raise UsageError(f"--data {shown(root)}: not a folder (unpack an archive first)")
         if config.source in SMALL:
             return SMALL[config.source](root, config.size or 32)
-        return open_imagenet100(root, config.size) if config.source == "imagenet100" else open_folder(root, config.size)
+        if config.source == "imagenet100":
+            return open_imagenet100(root, config.size, config.max_pixels)
+        return open_folder(root, config.size, None, config.max_pixels)
     except OSError as error:  # no permission, or a name that is too long
         raise UsageError(f"--data {shown(config.path)}: {error.strerror or error}") from None

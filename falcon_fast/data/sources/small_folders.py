@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from falcon_fast.data.sources.disk import BadImage
 from falcon_fast.data.sources.folders import open_folder
 from falcon_fast.data.sources.images import ImageArray, Images, Split, shown
 from falcon_fast.errors import UsageError
@@ -39,7 +40,7 @@ def open_small_folders(
         def pixels(index: int, images: Images = split.images) -> np.ndarray:
             try:
                 return np.asarray(images.image(index))
-            except Exception as error:  # Pillow's decoders raise many types
+            except BadImage as error:
                 raise UsageError(f"{images.name(index)} cannot be decoded ({error}): repair or remove it") from None
 
         with ThreadPoolExecutor() as pool:
