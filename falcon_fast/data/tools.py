@@ -141,7 +141,8 @@ def preview(config: Config, count: int) -> tuple[Image, int]:
     cpu = torch.device("cpu")
     recipe, source = augmentation(config.data.augmentation), open_source(config.data)
     images, size = source.train.images, source.size
-    clock = Clock(config.training.seed, len(images), min(count, len(images)), recipe)
+    readable = len(images) - len(source.known_bad)
+    clock = Clock(config.training.seed, len(images), min(count, readable), recipe)
     loader, _ = choose_loader(config.data, source, recipe, cpu)
     if loader == "synthetic":
         raise UsageError("the synthetic loader shows no images: use another loader")

@@ -140,6 +140,11 @@ def bad_files(width: int = 61, height: int = 45) -> dict[str, tuple[bytes, str]]
             "",
         ),
         "checksum.png": (png[:29] + b"\0\0\0\0" + png[33:], ""),
+        "12-bit.jpg": (
+            jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"),
+            "a JPEG image of 12 bits per channel",
+        ),
+        "lossless.jpg": (jpeg.replace(b"\xff\xc0\0\x11", b"\xff\xc3\0\x11"), ""),
         "empty.jpg": (b"", "the file is empty"),
         "zeros.jpg": (bytes(3000), "zeros"),
         "text.jpg": (b"<html><title>404</title></html>", "text, not an image"),

@@ -248,12 +248,29 @@ def what_is_there(file: BinaryIO) -> str:
     for at, magic, name in _OTHERS:
         if start[at:].startswith(magic):
             return f"{name}, which is not read" + (": convert it to PNG or JPEG" if "image" in name else "")
+    if start.startswith(b"\xff\xd8\xff") and (layout := _jpeg_layout(start)):
+        return layout
     for magic, name in ((b"\xff\xd8\xff", "JPEG"), (PNG, "PNG"), (b"RIFF", "WEBP"), (b"BM", "BMP")):
         if start.startswith(magic):
             return f"the header of this {name} file is damaged"
     if not start.translate(None, bytes(range(32, 127)) + b"\t\n\r\f"):
         return "text, not an image"
     return "not an image of a known format"
+
+
+def _jpeg_layout(start: bytes) -> str:
+    """Return what is special about a JPEG file that Pillow cannot read, or ""."""
+    at = 2
+    while at + 5 <= len(start) and start[at] == 0xFF:
+        code = start[at + 1]
+        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            lossless = code in (0xC3, 0xC7, 0xCB, 0xCF)
+            kind = "lossless " if lossless else "hierarchical " if code in (0xC5, 0xC6, 0xCD, 0xCE) else ""
+            if kind or start[at + 4] != 8:
+                return f"a {kind}JPEG image of {start[at + 4]} bits per channel, which is not read: convert it to PNG"
+            return ""
+        at += 2 + int.from_bytes(start[at + 2 : at + 4], "big")
+    return ""
 
 
 def _gif(file: BinaryIO) -> str:

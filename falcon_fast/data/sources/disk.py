@@ -23,6 +23,10 @@ from falcon_fast.errors import TemporaryError
 MAX_BYTES = 2**30  # of one image file; decoded, it takes several times as much
 LOOKED_AT = 16  # other files that are tried when one is missing
 NO_SUCH_FILE = "no such file"
+# Errors that say something about a path that a user gave. The others come from the disk.
+ABOUT_THE_PATH = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, None}
+)
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),

@@ -13,6 +13,7 @@ import numpy as np
 
 from falcon_fast.data.sources import manifest, value_ranges
 from falcon_fast.data.sources.decoding import MAX_PIXELS
+from falcon_fast.data.sources.disk import ABOUT_THE_PATH, unreadable
 from falcon_fast.data.sources.images import ImageFiles, Source, Split, fingerprint, held_out, shown
 from falcon_fast.data.sources.manifest import Entry
 from falcon_fast.errors import UsageError
@@ -38,10 +39,18 @@ def image_paths(root: Path, others: Counter[str] | None = None) -> list[Path]:
     Links are followed; hidden files and folders are not.
 
     others: receives the number of files with each other extension.
+
+    Raises TemporaryError if the disk cannot be read.
     """
     found: list[Path] = []
-    # A folder that cannot be listed is added as a path, and so counted among the unreadable files.
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: found.append(Path(e.filename))):
+
+    def closed(error: OSError) -> None:
+        """Count a folder that may not be listed among the unreadable files. Raises TemporaryError for an error of the disk."""
+        if error.errno not in ABOUT_THE_PATH:
+            raise unreadable(error.filename, error)
+        found.append(Path(error.filename))
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=closed):
         folders[:] = sorted(n for n in folders if not n.startswith(".") and not _leads_back(Path(folder, n)))
         for path in (Path(folder, name) for name in files if name[0] != "."):
             if (extension := path.suffix.lower()) in LOOKED_AT:

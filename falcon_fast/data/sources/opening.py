@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from falcon_fast.data.sources.cifar import open_cifar10, open_cifar100
 from falcon_fast.data.sources.digits import open_digits
+from falcon_fast.data.sources.disk import ABOUT_THE_PATH, unreadable
 from falcon_fast.data.sources.folders import open_folder, open_imagenet100
 from falcon_fast.data.sources.images import Source, shown
 from falcon_fast.data.sources.svhn import open_svhn
@@ -51,5 +52,7 @@ def open_source(config: DataConfig) -> Source:
         if config.source == "imagenet100":
             return open_imagenet100(root, config.size, config.max_pixels)
         return open_folder(root, config.size, None, config.max_pixels)
-    except OSError as error:  # no permission, or a name that is too long
+    except OSError as error:
+        if error.errno not in ABOUT_THE_PATH:
+            raise unreadable(config.path, error) from None
         raise UsageError(f"--data {shown(config.path)}: {error.strerror or error}") from None

@@ -45,24 +45,24 @@ def test_an_error_of_the_disk_is_no_bad_image(number: int, moment: str, image: P
 
 
 def failing_file(number: int) -> type:
-    """A file whose first 100 bytes can be read."""
+    """A file of which only the first 20 bytes can be read, too few for the header of a PNG."""
 
     class File(disk._File):
         given = 0
 
         def _next(self) -> None:
-            if self.given >= 100:
+            if self.given >= 20:
                 self.failure = OSError(number, os.strerror(number))
                 raise self.failure
-            self.given += 100
+            self.given += 10
 
         def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
             self._next()
-            return io.FileIO.readinto(self, memoryview(buffer)[:100])
+            return io.FileIO.readinto(self, memoryview(buffer)[:10])
 
         def readall(self) -> bytes:
             self._next()
-            return io.FileIO.read(self, 100) + self.readall()
+            return io.FileIO.read(self, 10) + self.readall()
 
     return File
 
