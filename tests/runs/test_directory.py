@@ -68,7 +68,7 @@ def test_only_where_a_run_works_may_change(tmp_path):
     run, digits = tmp_path / "run", load_recipe("digits")
     create_run_directory(run, digits)
     other = {"data.path": "/elsewhere", "data.loader": "workers", "data.workers": 3, "data.resident_mib": 1}
-    other |= {"data.photometric": "eager", "data.max_bad_fraction": 0.5}
+    other |= {"data.photometric": "eager", "data.max_bad_fraction": 0.5, "data.max_pixels": 10**9}
     other |= {"training.device": "cpu", "training.strategy": "ddp", "training.timeout": 7}
     assert set(other) == CHANGEABLE
     assert state_of(run, override(digits, other)) == "new"
