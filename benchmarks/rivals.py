@@ -114,7 +114,8 @@ def chunked(chunk: int, compiled: bool, half: bool) -> Callable[..., Result]:
             return torch.mm(a, b, out_dtype=wide) if half and a.is_cuda else (a @ b).to(wide)
 
         chunks = [w[:, start : start + chunk] for start in range(0, c, chunk)]
-        start = torch.stack((torch.full((n,), -1e30), torch.zeros(n), torch.zeros(n))).to(h1.device, wide)
+        start = torch.zeros(3, n, device=h1.device, dtype=wide)  # made on the device, as a CUDA graph needs it
+        start[0] = -1e30
         state1, state2 = start, start
         for part in chunks:
             state1, state2 = rows(times(h1, part), times(h2, part), state1, state2)

@@ -24,6 +24,8 @@ import click
 from falcon_fast import config
 from falcon_fast.cli.main import cli
 from falcon_fast.cli.options import OPTION_KEYS
+from falcon_fast.config import settings
+from falcon_fast.config.toml import toml_value
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.objective.loss import PLANS, PRIORS
 from falcon_fast.objective.projector import ACTIVATIONS
@@ -38,6 +40,7 @@ CHOICES = {
     "data.loader": config.LOADERS,
     "data.photometric": config.PHOTOMETRIC,
     "model.stem": config.STEMS,
+    "model.initialisation": config.INITIALISATIONS,
     "loss.codes": config.DICTIONARIES,
     "loss.activation": ACTIVATIONS,
     "loss.prior": PRIORS,
@@ -50,7 +53,7 @@ CHOICES = {
     "fsdp.param_dtype": config.PARAM_DTYPES,
 }
 
-# Where config.py has no comment, or one that leads to another place of that file.
+# Where config/settings.py has no comment, or one that leads to another place of that file.
 MEANINGS = {
     "data.augmentation": "which random views are made; see the [table](recipes.md#augmentations)",
     "loss.codes": "kind of dictionary",
@@ -86,8 +89,8 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _comments() -> dict[str, str]:
-    """`section.key` to what config.py says of it: the comment on the field's lines, or the string below the field."""
-    source = Path(config.__file__).read_text(encoding="utf-8")
+    """`section.key` to what config/settings.py says of it: the comment on the field's lines, or the string below the field."""
+    source = Path(settings.__file__).read_text(encoding="utf-8")
     comments: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -134,10 +137,12 @@ def settings_page() -> str:
             meaning = MEANINGS.get(name) or comments.get(name)
             meaning = re.sub(r":? ?\bone of [A-Z_]+", "", meaning) if meaning and name in CHOICES else meaning
             if meaning is None:
-                raise SystemExit(f"{name} has no comment in falcon_fast/config.py and no text in docs/generate.py")
+                raise SystemExit(
+                    f"{name} has no comment in falcon_fast/config/settings.py and no text in docs/generate.py"
+                )
             if name in CHOICES:
                 meaning += f" ({', '.join(f'`{choice}`' for choice in CHOICES[name])})"
-            default = f"`{config._toml(f.default)}`"  # type: ignore[arg-type]
+            default = f"`{toml_value(f.default)}`"  # type: ignore[arg-type]
             kind = getattr(f.type, "__name__", str(f.type))
             rows.append((f"`{name}`", kind, default, f"`{options[name]}`" if name in options else "", meaning))
         lines.append(_table(("setting", "type", "default", "option", "meaning"), rows))

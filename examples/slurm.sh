@@ -7,8 +7,9 @@
 # srun, so that signals and exit codes reach them without torchrun between. Two minutes before the time limit (or when the
 # scheduler preempts and grants time for it) Slurm sends SIGUSR1 to this shell, which passes SIGTERM to the processes: they end the
 # step, save, and exit with 130; the job then queues itself again. After a node failure, or preemption without warning, Slurm queues it again
-# by --requeue. --continue makes of every start the right one: begin, go on, or say that the run is finished. A job that fails
-# otherwise is not queued again; one that is ended by `scancel JOB` saves (Slurm waits KillWait, 30 s) and stays ended.
+# by --requeue. --continue makes of every start the right one: begin, go on, or say that the run is finished. A job whose process
+# was killed (137, for example when memory ran out), or that failed in a way that may pass (75), is queued again, but only while
+# the job has been started fewer than RETRIES times (default 20). A job that fails otherwise is not queued again; one that is ended by `scancel JOB` saves (Slurm waits KillWait, 30 s) and stays ended.
 #
 #SBATCH --job-name=falcon
 #SBATCH --nodes=2
@@ -44,7 +45,12 @@ while kill -0 "$step" 2>/dev/null; do # the trap ended the wait, not the step
     code=$?
 done
 
-if [ "$code" -eq 130 ]; then # stopped by a signal, and saved
+again=no
+case $code in
+130) again=yes ;; # stopped by a signal, and saved
+75 | 137) [ "${SLURM_RESTART_COUNT:-0}" -lt "${RETRIES:-20}" ] && again=yes ;;
+esac
+if [ "$again" = yes ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -30,10 +30,19 @@ class UsageError(FinalError, ValueError):
 
 
 class TrainingError(FinalError, RuntimeError):
-    """Training had to stop, for example because the loss is not finite. The message names the step and what is kept.
+    """Training had to stop, for example because memory ran out. The message names the step and what is kept.
 
     The command line prints it and exits with code 1; a user of the library catches it as a RuntimeError.
     """
+
+
+class DivergedError(TrainingError):
+    """Training ended because too many steps in a row had a loss or a gradient that is not finite (`training.max_bad_steps`).
+
+    The command line prints it and exits with code 4: the same command would fail again, so a scheduler should not repeat it.
+    """
+
+    exit_code = 4
 
 
 class WriteError(TrainingError, OSError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from falcon_fast.kernels.cpu.extension import cpu_extension, why_no_extension
+from falcon_fast.kernels.cpu.extension import cpu_extension, team_members, why_no_extension
 from falcon_fast.kernels.gpu.support import why_not as why_no_triton
 from falcon_fast.kernels.signs import pack_signs, unpack_signs
 
@@ -17,6 +17,7 @@ __all__ = [
     "cpu_extension",
     "loss_implementations",
     "pack_signs",
+    "team_members",
     "unpack_signs",
     "why_no_extension",
     "why_no_triton",

@@ -15,11 +15,27 @@ from falcon_fast import kernels
 def test_importing_the_package_is_light():
     heavy = ["click", "rich", "nvidia.dali", "matplotlib", "sklearn", "scipy", "timm", "torchvision", "PIL", "triton"]
     code = (
-        "import sys, torch, numpy; had = set(sys.modules); import falcon_fast; "
+        "import sys, torch, numpy; had = set(sys.modules); from falcon_fast import *; "
         f"print([m for m in {heavy} if m in set(sys.modules) - had])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_name_of_the_package_and_its_signals_need_no_torch():
+    """The command line handles signals before it imports torch, which takes seconds."""
+    code = "import sys, falcon_fast.cli.entry; print([m for m in ('torch', 'numpy', 'click') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_those_of_the_objective():
+    import falcon_fast
+    from falcon_fast import objective
+
+    for name in set(falcon_fast.__all__) - {"__version__"}:
+        assert getattr(falcon_fast, name) is getattr(objective, name)
+    assert set(falcon_fast.__all__) <= set(dir(falcon_fast)) and not hasattr(falcon_fast, "falcon_slow")
 
 
 def test_the_extension_is_built_where_there_is_a_compiler():

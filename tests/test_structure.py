@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 
 # What each room may import, besides itself. `__init__` holds the public names; `__main__` is the command.
-BASE = {"config", "errors"}
+BASE = {"config", "errors", "files"}
 ROOMS: dict[str, set[str]] = {
     "kernels": set(),
     "errors": set(),
+    "files": {"errors"},
     "recipes": set(),
     "objective": {"kernels"},
     "config": {"errors", "kernels", "objective"},
     "hardware": {*BASE, "kernels"},
-    "data": {*BASE, "kernels"},
+    "data": {*BASE, "kernels", "hardware"},
     "models": {*BASE, "kernels", "objective"},
     "evaluation": {*BASE, "data", "models", "objective", "hardware"},
     "training": {*BASE, "kernels", "objective", "hardware", "data", "models", "evaluation"},
@@ -174,8 +175,12 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
     topics: dict[str, str] = {
         "test_structure.py": "this file",
         "test_package.py": "importing the package is light",
+        "runs/test_every_setting.py": "every value of every setting runs or is refused in one line",
+        "cli/test_bad_command_lines.py": "what cannot work, of every command",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
         "data/loaders/test_agreement.py": "every loader on files of every kind, good and bad",
+        "runs/test_stops.py": "stops at any moment, in every way",
+        "runs/test_full_disk.py": "a disk that takes no more at any write",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",
     }
     known = {
@@ -184,7 +189,9 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
     }
     found = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     strangers = {
-        path for path in found - known - set(topics) if path.split("/")[0] not in ("docs", "examples", "faults")
+        path
+        for path in found - known - set(topics)
+        if path.split("/")[0] not in ("benchmarks", "docs", "examples", "faults")
     }
     assert not strangers
     assert not set(topics) - found

@@ -11,7 +11,9 @@ from pathlib import Path
 import click
 
 from falcon_fast.config import DataConfig
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import UsageError, WriteError
+from falcon_fast.files import written_whole
+from falcon_fast.training.distributed.signals import stop_line
 
 
 @click.group(short_help="Verify, pack and preview images.")
@@ -20,16 +22,28 @@ def data() -> None:
 
 
 def _folder(path: Path) -> tuple[Path, list[Path]]:
-    """Return the folder that the user named, as an absolute path, and its image files. Raises UsageError if there are none."""
-    from falcon_fast.data.sources.folders import EXTENSIONS, image_paths
+    """Return the folder that the user named, as an absolute path, and its image files.
+
+    Files that are no images are counted on stderr. Raises UsageError if there is no image.
+    """
+    from falcon_fast.data.sources.folders import EXTENSIONS, image_paths, left_out_by_name
     from falcon_fast.data.sources.images import shown
+    from falcon_fast.data.sources.layout.archives import but, describe_file
+    from falcon_fast.data.sources.layout.tree import walk
 
     root = Path(os.path.abspath(os.path.expanduser(path)))
     if not root.is_dir():
-        raise UsageError(f"{shown(root)}: " + ("not a folder" if root.exists() else "no such path"))
-    paths = image_paths(root)
+        raise UsageError(f"{shown(root)}: {describe_file(root) if root.exists() else 'no such path'}")
+    try:
+        top = walk(root)
+    except OSError as error:
+        raise UsageError(f"{shown(root)}: {error.strerror or error}") from None
+    paths = image_paths(top)
     if not paths:
-        raise UsageError(f"{shown(root)}: no image in it (looked for {' '.join(sorted(EXTENSIONS))})")
+        looked = f" (looked for {' '.join(sorted(EXTENSIONS))})"
+        raise UsageError(f"{shown(root)}: no image in it{but(top) or looked}")
+    for line in left_out_by_name([top]):
+        click.echo(line, err=True)
     return root, paths
 
 
@@ -72,6 +86,7 @@ def verify(path: Path, max_pixels: int) -> None:
     """
     from falcon_fast.data.sources import manifest
 
+    stop_line(lambda: "stopped; what was verified is kept: the same command continues there")
     root, paths = _folder(path)
     with _progress(len(paths), "verifying") as done:
         bad = manifest.verify(root, paths, _print_bad, done, max_pixels)
@@ -100,6 +115,7 @@ def pack(path: Path, out: Path, short_side: int, quality: int, max_pixels: int) 
     """
     from falcon_fast.data import tools
 
+    stop_line(lambda: "stopped; the images that were packed are whole: the same command continues there")
     root, paths = _folder(path)
     with _progress(len(paths), "packing") as done:
         bad = tools.pack(root, out, paths, short_side, quality, _print_bad, done, max_pixels)
@@ -134,6 +150,7 @@ def preview(path: str | None, output: Path, recipe: str | None, seed: int, loade
     from falcon_fast import config as configuration
     from falcon_fast.data import tools
 
+    stop_line(lambda: f"stopped; {output} was not written")
     config = configuration.load_recipe(recipe or ("folder" if path else "digits"))
     changes = {"data.loader": loader, "data.size": size, "training.seed": seed}
     if path:
@@ -142,7 +159,8 @@ def preview(path: str | None, output: Path, recipe: str | None, seed: int, loade
         raise UsageError(f"-o {output}: give a name that ends in .png")
     sheet, shown = tools.preview(configuration.validate(configuration.override(config, changes)), count)
     try:
-        sheet.save(output, "PNG")
-    except OSError as error:
-        raise UsageError(f"-o {output}: {error.strerror or error}") from None
+        with written_whole(output) as partial:
+            sheet.save(partial, "PNG")
+    except WriteError as error:
+        raise UsageError(f"-o {error}") from None
     click.echo(f"{output}: {shown} images, original and two views each")

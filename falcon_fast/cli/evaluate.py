@@ -16,17 +16,32 @@ import click
     show_default="the images of the run",
 )
 @click.option("--device", metavar="NAME", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def evaluate(run: Path, data: str | None, device: str) -> None:
+@click.option(
+    "--protocol",
+    metavar="NAME",
+    default="standard",
+    show_default=True,
+    help="standard (evaluation mode), or published: also the NMI of the codes as the published code measures it.",
+)
+def evaluate(run: Path, data: str | None, device: str, protocol: str) -> None:
     """Evaluate the newest checkpoint in the run directory RUN, and write the figures to RUN/evaluation.json."""
     from rich.console import Console
 
     from falcon_fast.evaluation.report import result_tables
+    from falcon_fast.hardware.threads import following_load
     from falcon_fast.runs import results
     from falcon_fast.runs.directory import write_json
+    from falcon_fast.training.distributed import signals
 
+    signals.stop_line(lambda: f"stopped; {run / 'evaluation.json'} was not written: give the same command again")
     console = Console(highlight=False, markup=False)
-    trained = results.load_trained(run, device)
-    result = results.evaluate(trained, data, say=lambda line: console.print(line, soft_wrap=True))
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    trained = results.load_run(run, device)
+    with following_load(trained.device, trained.config.training.threads, False, say):
+        result = results.evaluate(trained, data, say=say, protocol=protocol)
     for table in result_tables(result):  # printed first: the disk may be full, or the directory belong to somebody else
         console.print(table)
     write_json(run / "evaluation.json", result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
@@ -12,11 +11,14 @@ import torch
 
 from falcon_fast import __version__
 from falcon_fast.config import TrainingConfig, recipe_description, recipe_names
+from falcon_fast.data.loaders.shared_memory import described
+from falcon_fast.hardware.cuda import installed, mismatches
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.precision import choose_precision
+from falcon_fast.hardware.processors import usable_processors
 from falcon_fast.kernels import cpu_extension, loss_implementations, why_no_extension, why_no_triton
 
-PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "timm", "numpy", "scikit-learn")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "scikit-learn")
 
 
 @click.command(short_help="Show versions, devices and recipes.")
@@ -29,8 +31,11 @@ def info() -> None:
 def report() -> Iterator[str]:
     """Yield the lines of `falcon-fast info`."""
     yield f"falcon_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    yield f"CPU: {cpu_name()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} torch threads"
+    found = installed()
+    dali = found.dali or ("nvidia-dali",)
+    yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in (*PACKAGES, *dali))
+    yield f"CPU: {cpu_name()}, {usable_processors():.3g} processors usable, {torch.get_num_threads()} torch threads"
+    yield described()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
@@ -38,6 +43,7 @@ def report() -> Iterator[str]:
             yield f"cuda:{index}: {device.name}, {memory:.0f} GiB, compute capability {capability}"
     else:
         yield "CUDA: no device"
+    yield from (f"CUDA: {line}" for line in mismatches(found))
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         precision, _ = choose_precision(TrainingConfig(precision="bf16"), torch.device(kind))
         yield f"{kind}: loss {', '.join(loss_implementations(torch.device(kind)))}; --amp trains in {precision}"

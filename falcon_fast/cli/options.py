@@ -21,6 +21,7 @@ OPTION_KEYS = {
     "accumulate": "training.accumulate",
     "precision": "training.precision",
     "optimizer": "optimizer.name",
+    "lr": "optimizer.lr",
     "compile": "training.compile",
     "cuda_graph": "training.cuda_graph",
     "codes": "loss.codes",
@@ -30,7 +31,9 @@ OPTION_KEYS = {
     "seed": "training.seed",
     "device": "training.device",
     "strategy": "training.strategy",
+    "init_from": "training.init_from",
 }
+PATHS = ("data.path", "training.init_from")
 
 FROM_RECIPE = "from the recipe"
 
@@ -80,6 +83,12 @@ _OPTIONS = (
     ),
     click.option("--optimizer", metavar="NAME", help="adam, adamw, sgd or lars.", show_default=FROM_RECIPE),
     click.option(
+        "--lr",
+        type=float,
+        help="Peak learning rate, whatever the batch size; a recipe's own rates are multiplied by batch size / its batch size.",
+        show_default=FROM_RECIPE,
+    ),
+    click.option(
         "--compile/--no-compile",
         default=None,
         help="Compile network and loss with torch.compile; measure whether it helps before a long run.",
@@ -107,6 +116,12 @@ _OPTIONS = (
         metavar="NAME",
         help="How several processes share the work: ddp, fsdp, single, or auto (ddp under torchrun, else single).",
         show_default=FROM_RECIPE,
+    ),
+    click.option(
+        "--init-from",
+        metavar="RUN",
+        help="Start from the weights of the newest checkpoint in this run directory, with any other settings.",
+        show_default="random weights",
     ),
     click.option(
         "--set",
@@ -138,8 +153,9 @@ def overrides_of(options: Mapping[str, Any], settings: tuple[str, ...]) -> dict[
     """
     found = {key: options[option] for option, key in OPTION_KEYS.items() if options.get(option) is not None}
     found |= dict(parse_assignment(text) for text in settings)
-    if "data.path" in found:
-        found["data.path"] = os.path.abspath(os.path.expanduser(found["data.path"]))
+    for name in PATHS:
+        if found.get(name):
+            found[name] = os.path.abspath(os.path.expanduser(found[name]))
     return found | _short_form(options.get("amp"), found.get("training.precision"))
 
 
@@ -154,11 +170,42 @@ def _short_form(amp: bool | None, precision: str | None) -> dict[str, Any]:
     return {}
 
 
-def configured(recipe: str | None, overrides: Mapping[str, Any]) -> Config:
+def default_recipe(recipe: str | None, overrides: Mapping[str, Any]) -> str:
+    """Return the recipe that the command means: the one that it names, else folder if there is a data.path, else digits."""
+    return recipe or ("folder" if "data.path" in overrides else "digits")
+
+
+def configured(recipe: str | None, overrides: Mapping[str, Any], say: Callable[[str], None] | None = None) -> Config:
     """Return the configuration of a recipe (by default digits, or folder if there is a data.path) with some settings changed.
+
+    The recipe's learning rates, of network and probe, are scaled with the batch size, except for those that are given.
+
+    Args:
+        overrides: `section.key` to value.
+        say: takes a line for the user if the batch size changes a learning rate.
 
     Raises:
         UsageError: the recipe or a setting is unknown, or a value is out of range.
     """
-    config = load_recipe(recipe or ("folder" if "data.path" in overrides else "digits"))
-    return validate(override(config, overrides))
+    config = load_recipe(default_recipe(recipe, overrides))
+    rates = scaled_rates(config, overrides)
+    changed = validate(override(config, {**rates, **overrides}))
+    if rates and say is not None:
+        names = {"optimizer.lr": ("learning rate", config.optimizer.lr), "probe.lr": ("the probe's", config.probe.lr)}
+        parts = (f"{name} {rates[key]:g} instead of {old:g}" for key, (name, old) in names.items() if key in rates)
+        batch, usual = changed.training.batch_size, config.training.batch_size
+        say(f"batch size {batch} instead of the recipe's {usual}: {', '.join(parts)} (--lr sets another)")
+    return changed
+
+
+def scaled_rates(recipe: Config, overrides: Mapping[str, Any]) -> dict[str, float]:
+    """Return the learning rates that a recipe has at the batch size in `overrides`; nothing if it is the recipe's own.
+
+    They are proportional to the batch size over all devices, as in the published code (1e-3 batch x devices / 256 for the
+    network, 0.1 batch x devices / 256 for the probe). Rates that `overrides` sets are left out: those are absolute.
+    """
+    batch, usual = overrides.get("training.batch_size"), recipe.training.batch_size
+    if type(batch) is not int or batch < 1 or batch == usual:
+        return {}
+    rates = {"optimizer.lr": recipe.optimizer.lr, "probe.lr": recipe.probe.lr}
+    return {key: rate * batch / usual for key, rate in rates.items() if key not in overrides}

@@ -12,6 +12,7 @@ import click
 from falcon_fast.cli.options import configured, overrides_of, training_options
 from falcon_fast.config import Config
 from falcon_fast.errors import UsageError
+from falcon_fast.training.distributed.signals import stop_line
 
 
 @click.command(short_help="Time the steps of a run, or predict their time.")
@@ -59,6 +60,7 @@ def profile(
     for option, number in (("--steps", steps), ("--gpus", gpus)):
         if number is not None and number < 1:
             raise UsageError(f"{option} must be at least 1, not {number}")
+    stop_line(lambda: "stopped; nothing is kept of a profile")
     config = configured(recipe, overrides_of(options, settings))
     if predict is None:
         _measure(config, steps, as_json, trace)
@@ -70,8 +72,10 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
     from rich.console import Console
 
     from falcon_fast.hardware.host_memory import keep_host_memory
+    from falcon_fast.hardware.threads import decide_threads
     from falcon_fast.profiling.measure import lines, profile
     from falcon_fast.training.distributed.processes import join
+    from falcon_fast.training.memory import check_fits
     from falcon_fast.training.run import prepare
 
     training = config.training
@@ -82,7 +86,10 @@ def _measure(config: Config, steps: int, as_json: bool, trace: Path | None) -> N
         console.print(line, soft_wrap=True)
 
     run = prepare(config, processes)
+    with processes.together():
+        check_fits(run)
     keep_host_memory(run.device)
+    decide_threads(training.threads)
     for note in run.notes:
         say(note)
     strategy = "single" if processes.group is None else processes.strategy

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
-from falcon_fast.cli.options import configured, overrides_of, training_options
+from falcon_fast.cli.options import configured, default_recipe, overrides_of, training_options
+from falcon_fast.config import check_allowed
 from falcon_fast.errors import RunStopped, UsageError
 
 
@@ -24,7 +27,8 @@ from falcon_fast.errors import RunStopped, UsageError
     "--resume",
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="Continue the interrupted run in this directory, from its newest checkpoint.",
+    help="Continue the run in this directory from its newest checkpoint, for example with more --epochs. auto: the newest run of "
+    "the recipe in runs/.",
     show_default="begin a new run",
 )
 @click.option(
@@ -34,60 +38,112 @@ from falcon_fast.errors import RunStopped, UsageError
     help="Continue the run in --run-dir if it has begun, otherwise begin it there: for jobs that are started again.",
     show_default="off",
 )
+@click.option(
+    "--allow-change",
+    "allowed",
+    multiple=True,
+    metavar="SECTION.KEY",
+    help="With --resume or --continue: let this setting change although it changes what is learned (optimizer.lr); repeatable.",
+    show_default="refuse",
+)
 def train(
     recipe: str | None,
     run_dir: Path | None,
     resume: Path | None,
     continuing: bool,
+    allowed: tuple[str, ...],
     settings: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train a network, then evaluate it: linear probe, kNN, clustering, and the four collapse checks."""
     from rich.console import Console
 
+    from falcon_fast.data.loaders.signals import lost_workers
     from falcon_fast.evaluation.report import result_tables
-    from falcon_fast.runs import results, start
+    from falcon_fast.hardware.threads import following_load
+    from falcon_fast.runs import results, resuming, start
     from falcon_fast.runs.lock import RunLock
     from falcon_fast.training import trainer
+    from falcon_fast.training.checkpoints import checkpoint
+    from falcon_fast.training.distributed import signals
     from falcon_fast.training.distributed.processes import join
+    from falcon_fast.training.distributed.stopping import lost_peers
+    from falcon_fast.training.records.console import SteadyOutput
+    from falcon_fast.training.session import write_errors
 
     how: start.How
+    notes: list[str] = []
     overrides = overrides_of(options, settings)
     if continuing and (resume is not None or run_dir is None):
         raise UsageError("--continue needs --run-dir RUN and conflicts with --resume: drop --resume and give --run-dir")
+    if allowed and not (resume or continuing):
+        raise UsageError("--allow-change is for a run that has begun: give --resume RUN, or --run-dir RUN --continue")
+    check_allowed(allowed)
+    found = None
+    if resume == Path("auto"):
+        found = resume = resuming.newest_run(
+            Path("runs"), default_recipe(recipe, overrides), overrides.get("data.path")
+        )
+        recipe = None
     if resume is not None:
         fixed = "--recipe" if recipe else "--run-dir" if run_dir else None
-        how, directory, config = "resume", resume, start.resumed_config(resume, overrides, fixed)
+        how, directory, asked = "resume", resume, start.resumed_config(resume, overrides, fixed)
     else:
-        how, config = "continue" if continuing else "new", configured(recipe, overrides)
-        directory = run_dir or start.default_directory(config)
+        how, asked = "continue" if continuing else "new", configured(recipe, overrides, notes.append)
+        directory = run_dir or start.default_directory(asked)
+    config = asked if how == "new" else resuming.expected(directory, asked)
 
+    signals.stop_line(lambda: "stopped before anything was written")
     training = config.training
     processes = join(training.strategy, training.device, training.batch_size, training.timeout)
     directory = processes.from_main(directory)  # its name may contain the time
-    console = Console(highlight=False, markup=False, quiet=not processes.main)
+    console = Console(
+        file=cast(TextIO, SteadyOutput(sys.stdout)), highlight=False, markup=False, quiet=not processes.main
+    )
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
-    with RunLock(directory) as lock:
-        begun = start.begin(config, directory, how, processes, lock, say)
-        if begun is None:
-            say(f"{directory} is finished: its figures are in {directory / 'result.json'}")
-            processes.close()
-            return
-        for line in begun.lines():
-            say(line)
+    if found is not None:
+        say(f"--resume auto: {found} is the newest run of this recipe")
+
+    def kept() -> str:
+        return start.how_to_continue(directory)
+
+    if how != "new":
+        signals.stop_line(kept)
+
+    def saved() -> str:
+        return checkpoint.kept(directory / "checkpoints")
+
+    fresh = how == "new" and run_dir is None
+    with (
+        RunLock(directory) as lock,
+        lost_peers(processes, saved),
+        lost_workers(saved),
+        ExitStack() as opened,
+    ):
         try:
+            begun = start.begin(asked, directory, how, processes, lock, say, allowed, fresh)
+            if begun is None:
+                say(f"{directory} is finished: its figures are in {directory / 'result.json'}")
+                processes.close()
+                return
+            directory = begun.directory
+            signals.stop_line(kept)
+            for line in (*notes, *begun.lines()):
+                say(line)
+            opened.enter_context(following_load(begun.run.device, training.threads, training.compile, say))
             seconds = trainer.train(begun.run, directory, console, begun.step, begun.seconds)
-        except (RunStopped, KeyboardInterrupt):  # the second Ctrl-C is a KeyboardInterrupt
-            say(start.how_to_continue(directory))
+            network = results.final_network(begun.run)
+        except (RunStopped, KeyboardInterrupt):  # the second Ctrl-C may be a KeyboardInterrupt
+            say(kept())
             raise RunStopped(everywhere=True) from None
-        network = results.final_network(begun.run)
         processes.close()
         if not processes.main:
             return
-        result = results.finish(begun.run, network, directory, seconds, say=say)
+        with write_errors(lambda: f"training is done; then finish with: falcon-fast train --resume {directory}"):
+            result = results.finish(begun.run, network, directory, seconds, say=say)
         for table in result_tables(result):
             console.print(table)
         say(f"everything is in {directory}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from falcon_fast.data.loaders.choose import choose_loader
@@ -16,11 +16,13 @@ from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.training import training_batches
 from falcon_fast.data.sources.decoding import MAX_PIXELS, read_image
 from falcon_fast.data.sources.disk import BadImage, MissingFile, check_disk, shown
+from falcon_fast.data.sources.layout.names import folded
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
 from falcon_fast.data.views.photometric import augment
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.files import writing, written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,23 +31,47 @@ if TYPE_CHECKING:
 
 JPEG_SIDE = 65500  # pixels, the limit of libjpeg
 GAP = 4  # pixels between the pictures of a preview
+LONGEST = 255  # bytes of a file name, the limit of most file systems
+HASH = 16  # hexadecimal digits of a hash in a name
+LAST_FORM = 2  # the last of the forms of a packed name
 ROWS = 8  # rows of a preview; then another column of triples begins
 
 
 def packed_names(root: Path, paths: Iterable[Path]) -> dict[Path, Path]:
     """Return the name of each file in the packed folder: its own relative path, with the extension .jpg.
 
-    Where two files would get the same name, both keep their extension in front of it (`a.png.jpg`, `a.bmp.jpg`).
+    Where two files would get the same name, both keep their extension in front of it (`a.png.jpg`, `a.bmp.jpg`). Where that is
+    not enough, because there is an `a.png.jpg` already, or because the names differ only in upper and lower case or in how
+    Unicode composes their letters (some file systems take such names for one), a hash of the whole name is added. So no two
+    files get the same name on any file system, and the names depend on nothing but the names of all files.
     """
-    relative = {path: path.relative_to(root) for path in paths}
-    stems = [name.with_suffix("") for name in relative.values()]
-    twice = {
-        stem for stem, count in zip(*np.unique(list(map(str, stems)), return_counts=True), strict=True) if count > 1
-    }
-    return {
-        path: name.with_name(f"{name.name}.jpg") if str(name.with_suffix("")) in twice else name.with_suffix(".jpg")
-        for path, name in relative.items()
-    }
+    relative = {path: str(path.relative_to(root)) for path in paths}
+    forms = dict.fromkeys(relative, 0)
+    names = {path: _packed_name(name, 0) for path, name in relative.items()}
+    while True:  # at most two more rounds: names with a hash are unique
+        seen: dict[str, list[Path]] = {}
+        for path, name in names.items():
+            seen.setdefault(folded(name), []).append(path)
+        alike = [path for group in seen.values() if len(group) > 1 for path in group if forms[path] < LAST_FORM]
+        if not alike:
+            return {path: Path(name) for path, name in names.items()}
+        for path in alike:
+            forms[path] += 1
+            names[path] = _packed_name(relative[path], forms[path])
+
+
+def _packed_name(relative: str, form: int) -> str:
+    """Return a name for a packed file: with .jpg in place of the extension (0), after it (1), or after it and a hash (2)."""
+    folder, slash, name = relative.rpartition(os.sep)
+    digest = hashlib.sha256(os.fsencode(relative)).hexdigest()[:HASH]
+    ending = (".jpg", ".jpg", f".{digest}.jpg")[form]
+    stem = name.rpartition(".")[0] if form == 0 else name
+    if len(os.fsencode(stem + ending)) > LONGEST:
+        ending = f".{digest}.jpg"
+        stem = os.fsdecode(os.fsencode(stem)[: LONGEST - len(ending)])
+        if len(stem) and "\udc80" <= stem[-1] <= "\udcff":  # a letter of several bytes was cut
+            stem = os.fsencode(stem).decode("utf-8", "ignore")
+    return f"{folder}{slash}{stem}{ending}"
 
 
 def pack(
@@ -75,7 +101,7 @@ def pack(
 
     Raises:
         UsageError: `out` is `root` or inside it, or cannot be created.
-        OSError: a file cannot be written.
+        WriteError: a file cannot be written.
         TemporaryError: the disk of the images cannot be read, or memory ran out.
     """
     if out.resolve().is_relative_to(root.resolve()):
@@ -99,13 +125,10 @@ def pack(
             return path, str(error)
         if max(image.size) > JPEG_SIDE:
             return path, f"{image.width} x {image.height} pixels do not fit into a JPEG"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(target, synchronised=False) as partial:
             image.save(partial, "JPEG", quality=quality)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
         return path, ""
 
     count = 0

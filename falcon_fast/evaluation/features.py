@@ -18,6 +18,7 @@ from torch import nn
 from falcon_fast.data.loaders.evaluation import evaluation_batches
 from falcon_fast.data.sources.images import Source, Split
 from falcon_fast.data.views.photometric import normalize
+from falcon_fast.hardware.threads import check_threads
 from falcon_fast.models.network import FalconNetwork
 from falcon_fast.objective.codes import Codes
 
@@ -62,11 +63,11 @@ def extract_features(
 ) -> np.ndarray:
     """Return the backbone's features of a split: float32 (n, d)."""
     mean, std = source.normalization(device)
+    parts = []
     with evaluation_mode(network):
-        parts = [
-            network.backbone(normalize(images, mean, std)).float().cpu()
-            for images in evaluation_batches(split, source.size, device, workers=workers, bad=bad)
-        ]
+        for images in evaluation_batches(split, source.size, device, workers=workers, bad=bad):
+            parts.append(network.backbone(normalize(images, mean, std)).float().cpu())
+            check_threads()
     return torch.cat(parts).numpy()
 
 
@@ -93,6 +94,7 @@ def extract_assigned(
             embeddings.append(embedding.cpu())
             assignments.append(logits.argmax(1).cpu())
             total += logits.softmax(1).double().sum(0)
+            check_threads()
     n = sum(map(len, features))
     return Assigned(
         torch.cat(features).numpy(),

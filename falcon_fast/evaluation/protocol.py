@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from falcon_fast.config import Config
+from falcon_fast.data.sources.changes import Changes
 from falcon_fast.data.sources.images import Source, Split
 from falcon_fast.evaluation.clustering import ari, hungarian_accuracy, kmeans_nmi, nmi
 from falcon_fast.evaluation.collapse import collapse_checks
@@ -106,6 +107,8 @@ def evaluate_network(
         trained["nmi_codes"] = nmi(test.labels, seen.assignments)
         trained["ari_codes"] = ari(test.labels, seen.assignments)
         trained["accuracy_codes"] = hungarian_accuracy(test.labels, seen.assignments)
+    for split in (source.train, source.test):
+        Changes(split.images, say).look()
     trained["codes_used"] = len(np.unique(seen.assignments))
     checks = collapse_checks(
         seen.embeddings, seen.features, seen.assignments, seen.mean_assignment, k if labelled else None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from falcon_fast.errors import UsageError
+from falcon_fast.files import written_whole
+from falcon_fast.reading import csv_records, one_line
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+LARGEST_METRICS = 256 * 2**20  # bytes of metrics.csv; a row has 150, so these are 1.7 million rows
+LARGEST_NUMBER = 1e15  # matplotlib's axes overflow long before the largest float
 ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random weights"), ("trained", "trained by FALCON"))
 COLLAPSE = (
     ("representation", "representation (energy)"),
@@ -21,7 +26,10 @@ COLLAPSE = (
 
 
 def result_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the figures of `result.json` as rich tables: the comparison (only with labels), then the collapse checks."""
+    """Return the figures of `result.json` as rich tables.
+
+    They are the comparison (only with labels), the NMI by the published protocol if it was measured, and the collapse checks.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -39,6 +47,14 @@ def result_tables(result: Mapping[str, Any]) -> list[Table]:
             row = result[key]
             codes = (_figure(row.get("nmi_codes")), str(row.get("codes_used", "")))
             table.add_row(label, _figure(row["probe"]), _figure(row["knn"]), _figure(row["nmi_kmeans"]), *codes)
+        tables.append(table)
+    if (published := result.get("published")) is not None:
+        table = heading("NMI of the codes, in evaluation mode and as published, without eval()")
+        for name in ("", "NMI codes", "codes"):
+            table.add_column(name, justify="left" if not name else "right")
+        table.add_row("evaluation mode", _figure(trained["nmi_codes"]), str(trained["codes_used"]))
+        how = f"published: batches of {published['batch_size']}, {published['order']}"
+        table.add_row(how, _figure(published["nmi_codes"]), str(published["codes_used"]))
         tables.append(table)
     table = heading("collapse checks, on the test split")
     for name in ("", "embeddings", "backbone", "must exceed", "verdict"):
@@ -62,17 +78,39 @@ def _figure(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def _number(text: str) -> float:
+    """Return a cell of metrics.csv as a number that a picture can show, or NaN."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if abs(number) < LARGEST_NUMBER else math.nan
+
+
 def plot_curves(metrics_csv: Path, picture: Path) -> None:
-    """Draw a run's curves from its metrics.csv into one PNG: loss and its terms, codes in use, probe and NMI, against epochs."""
+    """Draw a run's curves from its metrics.csv into one PNG: loss and its terms, codes in use, probe and NMI, against epochs.
+
+    Cells that hold no finite number are left out.
+
+    Raises:
+        UsageError: metrics.csv is no CSV file.
+        WriteError: the picture cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    measured: dict[str, list[tuple[float, float]]] = {}
+    try:
+        for row in csv_records(metrics_csv, LARGEST_METRICS):
+            numbers = {column: _number(text) for column, text in row.items()}
+            for column, number in numbers.items():
+                if math.isfinite(number) and math.isfinite(epoch := numbers.get("epoch", math.nan)):
+                    measured.setdefault(column, []).append((epoch, number))
+    except ValueError as error:
+        raise UsageError(f"{metrics_csv} is damaged ({one_line(error)}): repair it to draw its curves") from None
 
     def curve(axes: Any, column: str, label: str, **style: Any) -> None:
-        points = [(float(row["epoch"]), float(row[column])) for row in rows if row[column]]
-        if points:
+        if points := measured.get(column):
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -96,6 +134,5 @@ def plot_curves(metrics_csv: Path, picture: Path) -> None:
         quality.set_ylim(0, 1)
     else:
         quality.text(0.5, 0.5, "no labels", ha="center", transform=quality.transAxes)
-    partial = picture.with_name(f".{picture.name}.partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(picture)
+    with written_whole(picture) as partial:
+        figure.savefig(partial, dpi=110, format="png")

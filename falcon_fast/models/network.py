@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from falcon_fast.config import Config, ModelConfig, nearest
 from falcon_fast.errors import UsageError
+from falcon_fast.models.initialisation import initialise_as_torchvision
 from falcon_fast.objective import FalconLoss, FalconProjector, HadamardCodes, RademacherCodes
 from falcon_fast.objective.codes import Codes
 
@@ -77,25 +82,25 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         UsageError: the name is neither `resnet8` nor a model of timm (the message gives the most similar name), or the backbone
             does not accept images of this size.
     """
-    if config.name == "resnet8":
-        if config.stem not in ("auto", "cifar"):
-            raise UsageError(f"model.stem={config.stem} is for ResNets with a plain 7x7 stem: use auto with resnet8")
-        return ResNet8(config.width)
-    import timm
-
-    # A tag after a dot names pretrained weights, which are not loaded.
-    if not timm.is_model(config.name) or "." in config.name:
-        raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
-    try:
-        try:
-            backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
-        except TypeError:  # convolutional models accept images of any size and have no argument img_size
-            backbone = timm.create_model(config.name, num_classes=0)
-        _check_patches(backbone, config.name, image_size)
-        _set_stem(backbone, config.stem, image_size)
+    with _size_fits(config, image_size):
+        backbone = assemble_backbone(config, image_size)
+        if config.name == "resnet8":
+            return backbone
         backbone.eval()
         with torch.inference_mode():
             features = backbone(torch.zeros(1, 3, image_size, image_size))
+    if not isinstance(features, torch.Tensor) or features.dim() != 2:
+        what = f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else "in several parts"
+        raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector per image: choose another")
+    backbone.num_features = features.shape[1]  # type: ignore[assignment]
+    return backbone.train()
+
+
+@contextmanager
+def _size_fits(config: ModelConfig, image_size: int) -> Iterator[None]:
+    """Turn what a library raises while it builds or runs a backbone into a UsageError about the image size."""
+    try:
+        yield
     except UsageError:
         raise
     except Exception as error:
@@ -103,11 +108,36 @@ def build_backbone(config: ModelConfig, image_size: int) -> nn.Module:
         raise UsageError(
             f"backbone {config.name!r} does not take {image_size} px images ({reason}): try another data.size"
         ) from None
-    if not isinstance(features, torch.Tensor) or features.dim() != 2:
-        what = f"of shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else "in several parts"
-        raise UsageError(f"backbone {config.name!r} gives features {what}, not one vector per image: choose another")
-    backbone.num_features = features.shape[1]  # type: ignore[assignment]
-    return backbone.train()
+
+
+def assemble_backbone(config: ModelConfig, image_size: int) -> nn.Module:
+    """Return what `build_backbone` returns, without the check that images of this size go through it, and so without knowing d.
+
+    Raises:
+        UsageError: the name or the stem does not fit, or the image is no multiple of the patch size.
+    """
+    if config.name == "resnet8":
+        if config.stem not in ("auto", "cifar"):
+            raise UsageError(f"model.stem={config.stem} is for ResNets with a plain 7x7 stem: use auto with resnet8")
+        if config.initialisation != "timm":
+            raise UsageError("model.initialisation=torchvision is for ResNets of torchvision: use timm with resnet8")
+        return ResNet8(config.width)
+    import timm
+
+    # A tag after a dot names pretrained weights, which are not loaded.
+    if not timm.is_model(config.name) or "." in config.name:
+        raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
+    random_state = torch.get_rng_state()
+    try:
+        backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)
+    except TypeError:  # convolutional models accept images of any size and have no argument img_size
+        backbone = timm.create_model(config.name, num_classes=0)
+    _check_patches(backbone, config.name, image_size)
+    _set_stem(backbone, config.stem, image_size)
+    if config.initialisation == "torchvision":
+        torch.set_rng_state(random_state)  # as if timm had drawn nothing
+        initialise_as_torchvision(backbone, config.name)
+    return backbone
 
 
 def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
@@ -125,14 +155,25 @@ def _check_patches(backbone: nn.Module, name: str, image_size: int) -> None:
         )
 
 
+def _has_plain_stem(backbone: nn.Module) -> bool:
+    return isinstance(getattr(backbone, "conv1", None), nn.Conv2d) and hasattr(backbone, "maxpool")
+
+
+def resolved_stem(backbone: nn.Module, stem: str, image_size: int) -> str:
+    """Return what `model.stem` is for this backbone and image size, never auto; `imagenet` stands for timm's own stem."""
+    if stem != "auto":
+        return stem
+    if isinstance(backbone, ResNet8):
+        return "cifar"
+    return "cifar" if _has_plain_stem(backbone) and image_size <= CIFAR_STEM_UP_TO else "imagenet"
+
+
 def _set_stem(backbone: nn.Module, stem: str, image_size: int) -> None:
     """Replace a ResNet's 7x7 stride-2 stem and max-pool, which would reduce a 32 px image to one pixel in the last stage."""
-    is_resnet = isinstance(getattr(backbone, "conv1", None), nn.Conv2d) and hasattr(backbone, "maxpool")
-    if stem == "auto":
-        stem = "cifar" if is_resnet and image_size <= CIFAR_STEM_UP_TO else "imagenet"
+    stem = resolved_stem(backbone, stem, image_size)
     if stem == "imagenet":
         return
-    if not is_resnet:
+    if not _has_plain_stem(backbone):
         raise UsageError(f"model.stem={stem} is for ResNets with a plain 7x7 stem: use auto")
     assert isinstance(backbone.conv1, nn.Conv2d)
     padding = 2 if stem == "cifar-padded" else 1
@@ -182,7 +223,15 @@ def build_network(config: Config, image_size: int) -> FalconNetwork:
 
 
 def build_codes(config: Config) -> Codes:
-    """Return the run's dictionary, from `training.seed`."""
+    """Return the run's dictionary, from `training.seed`. Raises UsageError if it does not fit into the machine's memory."""
+    f, c = config.loss.embedding_dim, config.loss.num_codes
+    rows = c if config.loss.codes == "rademacher" else c // f
+    needed = 3 * 4 * rows * -(-f // 32)  # bytes; the random words are held three times while they are drawn
+    if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise UsageError(
+            f"{c} {config.loss.codes} codes of {f} entries need {needed / 2**30:,.0f} GiB, but this machine has "
+            f"{memory / 2**30:,.0f} GiB: reduce loss.num_codes or loss.embedding_dim"
+        )
     kind = RademacherCodes if config.loss.codes == "rademacher" else HadamardCodes
     return kind(config.loss.embedding_dim, config.loss.num_codes, config.training.seed)
 

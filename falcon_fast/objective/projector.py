@@ -34,9 +34,10 @@ class FalconProjector(nn.Module):
             GPUs from sm_80 on.
 
     `forward` takes features (N, in_features) of any float dtype and returns embeddings (N, f) in `output_dtype`, also under
-    autocast. `torch` computes in float32 throughout. `triton` multiplies in float32 or, under autocast, in the autocast dtype on
-    the tensor cores, like the layers before it. Its sums are float32 and are normalised in float32: a float16 x would lose the
-    deviations of a column with a large mean, and would overflow beyond 65504.
+    autocast. `torch` computes in float32 throughout, also if its parameters are float16 or bfloat16 (`.half()`), or in float64 if
+    they are float64; then the embeddings are float64 too. `triton` multiplies in float32 or, under autocast, in the autocast
+    dtype on the tensor cores, like the layers before it. Its sums are float32 and are normalised in float32: a float16 x would
+    lose the deviations of a column with a large mean, and would overflow beyond 65504.
 
     Both behave as BatchNorm does: `linear` and `norm` have the usual parameters and state dict; evaluation uses the running
     averages; statistics are per view after `per_view_batchnorm`, and over a process group after `sync_batchnorm` (or with torch's
@@ -45,7 +46,8 @@ class FalconProjector(nn.Module):
 
     Raises:
         ValueError: if an argument is out of range, if the activation, dtype or implementation is unknown, or if `l2` has no
-            `temperature_batch`; in `forward`, if BatchNorm cannot train on the batch, or if `triton` does not run there.
+            `temperature_batch`; in `forward`, if the features do not fit, if BatchNorm cannot train on the batch, or if
+            `triton` does not run there.
     """
 
     def __init__(
@@ -79,12 +81,26 @@ class FalconProjector(nn.Module):
         self.implementation = implementation
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self._check(features)
         if self._runs_triton(features):
             return self._triton(features)
+        wide = torch.float64 if self.linear.weight.dtype == torch.float64 else torch.float32
         with torch.autocast(features.device.type, enabled=False):
-            x = self.norm(self.linear(features.float()))
+            x = _in_dtype(self.norm, _in_dtype(self.linear, features.to(wide)))
             h = torch.tanh(x) if self.row_norm is None else F.normalize(x, dim=1) * self.row_norm
-            return h.to(self.output_dtype)
+            return h if wide == torch.float64 else h.to(self.output_dtype)
+
+    def _check(self, features: torch.Tensor) -> None:
+        """Raise ValueError if the features are not a matrix of floats of the right width on the projector's device."""
+        weight = self.linear.weight
+        if features.dim() != 2 or features.shape[1] != self.linear.in_features:
+            raise ValueError(f"features must be a matrix (N, {self.linear.in_features}), not {tuple(features.shape)}")
+        if not features.is_floating_point():
+            raise ValueError(f"features must have a floating-point dtype, not {features.dtype}")
+        if features.device != weight.device:
+            raise ValueError(
+                f"features are on {features.device}, but the projector is on {weight.device}: move one of them"
+            )
 
     def _runs_triton(self, features: torch.Tensor) -> bool:
         """Return whether the kernels are used for these features. Raises ValueError if `triton` was asked for and cannot run."""
@@ -149,3 +165,21 @@ class FalconProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+
+def _in_dtype(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return `layer(x)`, computed in the dtype of `x` with the layer's parameters and buffers cast to it.
+
+    Buffers that the layer changes (running averages) are changed in their own dtype.
+    """
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    cast = {name: t.to(x.dtype) for name, t in tensors.items() if t.is_floating_point() and t.dtype != x.dtype}
+    if not cast:
+        result: torch.Tensor = layer(x)
+        return result
+    result = torch.func.functional_call(layer, cast, (x,))
+    with torch.no_grad():
+        for name, buffer in layer.named_buffers():
+            if name in cast:
+                buffer.copy_(cast[name])
+    return result

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from falcon_fast.errors import UsageError
+from falcon_fast.files import written_whole
 from falcon_fast.hardware import peaks
 from falcon_fast.hardware.devices import cpu_name
 from falcon_fast.hardware.flops import StepFlops, step_flops
@@ -164,8 +165,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _write(found: torch.profiler.profile, path: Path) -> None:
-    found.export_chrome_trace(str(_partial(path)))
-    _partial(path).replace(path)
+    with written_whole(path) as partial:
+        found.export_chrome_trace(str(partial))
 
 
 def _network(found: dict[str, float]) -> float | None:

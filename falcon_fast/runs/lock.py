@@ -9,13 +9,16 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from falcon_fast.errors import UsageError
+from falcon_fast.reading import read_text
 
 NAME = ".lock"
+LARGEST_LOCK = 1024  # bytes: the name of a process and of a machine
 # The errors of a file system that cannot lock files. There, no run is kept out.
 REFUSALS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -34,6 +37,11 @@ class RunLock:
     @property
     def held(self) -> bool:
         return self._file is not None
+
+    def aim(self, directory: Path) -> None:
+        """Make this the lock of another directory. It must not be held."""
+        assert not self.held
+        self._directory, self._path = directory, directory / NAME
 
     def take(self, patience: float = 0.0, say: Callable[[str], None] = lambda line: None) -> None:
         """Take the lock. If another run holds it, wait up to `patience` seconds, and tell the user through `say`.
@@ -64,13 +72,17 @@ class RunLock:
 
     def _holder(self) -> str:
         try:
-            return self._path.read_text(encoding="utf-8") or "another process"
-        except OSError:  # the file has just been removed
-            return "another process"
+            holder = read_text(self._path, LARGEST_LOCK)
+        except (OSError, ValueError):  # the file has just been removed, or is not one of ours
+            holder = ""
+        return holder if holder.isprintable() and holder else "another process"
 
     def _attempt(self) -> int | None:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        # A link would be emptied at its other end: a directory from a stranger may hold one to any file.
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, f"{NAME} is not a regular file")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._in_place(file):
                 raise BlockingIOError  # the run that held the lock has just removed the file

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from falcon_fast.kernels.torch_private import foreach_lerp_
+from falcon_fast.kernels.torch_private import foreach_approach_
+from falcon_fast.training.skipping import local
 
 
 class WeightAverage:
@@ -38,16 +39,22 @@ class WeightAverage:
         self.decay = decay
         self._live = _followed(network)
         self._average = {name: tensor.clone() for name, tensor in self._live.items()}
-        # A foreach operation takes sharded or plain tensors, but not both, and under FSDP2 buffers are plain.
-        kinds = {type(tensor) for tensor in self._average.values()}
-        self._names = [[name for name, t in self._average.items() if type(t) is kind] for kind in kinds]
+        dtypes = {tensor.dtype for tensor in self._average.values()}
+        self._names = [[name for name, t in self._average.items() if t.dtype == dtype] for dtype in dtypes]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Update the average with the weights of the step that has just been taken."""
+    def update(self, skipped: torch.Tensor | None = None) -> None:
+        """Update the average with the weights of the step that has just been taken.
+
+        skipped: 0-d, on the device: the average keeps its values where this is not 0, as the step has been skipped.
+        """
         for names in self._names:
-            average = [self._average[name] for name in names]
-            foreach_lerp_(average, [self._live[name] for name in names], 1 - self.decay)
+            # Under FSDP2 parameters are sharded and buffers are plain; of both, this process's part is updated.
+            average = [local(self._average[name]) for name in names]
+            weight = torch.full((), 1 - self.decay, dtype=average[0].dtype, device=average[0].device)
+            if skipped is not None:
+                weight *= skipped == 0
+            foreach_approach_(average, [local(self._live[name]) for name in names], weight)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the averaged tensors themselves, by the network's names, to be saved or restored in place."""

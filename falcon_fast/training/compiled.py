@@ -13,14 +13,14 @@ remaining time is oneDNN's convolutions (3 of 6 ms) and the loss (1.2 ms). Three
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 
 import torch
 from torch import nn
 
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import RunStopped, UsageError
 from falcon_fast.models.network import FalconNetwork, blocks_of
 from falcon_fast.training.step import ForwardAndLoss, forward_and_loss
 
@@ -55,8 +55,12 @@ def compile_blocks(network: FalconNetwork) -> None:
 
 
 @contextmanager
-def compiler_failures() -> Iterator[None]:
-    """Turn an error of the compiler, at the first step, into a UsageError that says how to train without it."""
+def compiler_failures(stopping: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn an error of the compiler, at the first step, into a UsageError that says how to train without it.
+
+    stopping: whether a signal asked the run to stop. Ctrl-C on a terminal reaches the C++ compiler, too, and ends it; the run
+        then ends as asked (RunStopped).
+    """
     try:
         yield
     except RuntimeError as error:
@@ -64,5 +68,7 @@ def compiler_failures() -> Iterator[None]:
         kinds = {cls.__name__ for cls in type(error).__mro__}
         if "TorchDynamoException" not in kinds:
             raise
+        if stopping():
+            raise RunStopped from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UsageError(f"the network cannot be compiled ({lines[0][:300]}): leave out --compile") from None

@@ -3,7 +3,7 @@
 A network on small images spends its time in launches: hundreds of kernels of a few microseconds each, started one by one from
 Python. A graph is recorded once and then launched as a whole. Everything that a step reads from outside must then lie at fixed
 addresses: before each replay, the batch (for resident images the random numbers of the clock, a few kilobytes; else the uint8
-views) and the learning-rate scale are copied there. What a step reports lies at fixed addresses too, and is valid until the next
+views) and the schedule's rate are copied there. What a step reports lies at fixed addresses too, and is valid until the next
 step.
 
 The first steps of a run, or of its continuation, are taken kernel by kernel. They are real steps, in which libraries choose their
@@ -19,6 +19,7 @@ import torch
 
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels.torch_private import tree_leaves, tree_map
+from falcon_fast.training.optimizer import Rate
 from falcon_fast.training.step import Learner, StepMetrics, training_step
 
 WARM_UP = 3  # steps before the capture
@@ -92,7 +93,7 @@ class Graphed:
 
 
 class GraphedStep:
-    """`step(inputs, lr_scale)`: `training_step` on the views of one of the loader's `inputs`, as a CUDA graph (see `Graphed`).
+    """`step(inputs, rate)`: `training_step` on the views of one of the loader's `inputs`, as a CUDA graph (see `Graphed`).
 
     The metrics always hold the norm of the gradient. The learning rates of the learner's optimiser are moved to the device.
 
@@ -107,17 +108,18 @@ class GraphedStep:
         views_of: Callable[[Any], tuple[torch.Tensor, torch.Tensor | None]],
         device: torch.device,
     ) -> None:
-        self._lr_scale = torch.ones((), device=device)
+        self._rate = torch.ones((), device=device), torch.zeros((), device=device)
         rates_on_device(learner.optimizer, device)
 
         def step(inputs: Any) -> StepMetrics:
-            return training_step(learner, *views_of(inputs), self._lr_scale, measure_norm=True)
+            return training_step(learner, *views_of(inputs), Rate(*self._rate), measure_norm=True)
 
         # Gradients of the warm-up lie in ordinary memory; those of the graph must be allocated during the capture.
         self._step = Graphed(step, device, lambda: learner.optimizer.zero_grad(set_to_none=True))
 
-    def __call__(self, inputs: Any, lr_scale: float) -> StepMetrics:
-        self._lr_scale.fill_(lr_scale)
+    def __call__(self, inputs: Any, rate: Rate | float) -> StepMetrics:
+        for place, value in zip(self._rate, rate if isinstance(rate, Rate) else Rate(rate), strict=True):
+            place.fill_(value)
         metrics: StepMetrics = self._step(inputs)
         return metrics
 

@@ -72,12 +72,13 @@ def quarantine_of(run: Run, say: Callable[[str], None], path: Path | None = None
 
 
 def share_bad(quarantine: Quarantine, processes: Processes) -> None:
-    """Tell every process which images each of them found unreadable.
+    """Tell every process which images each of them found unreadable, and which files have changed.
 
     Raises:
         UsageError: in all processes, where together they are more than `data.max_bad_fraction` allows.
     """
     with processes.together():
-        for bad in processes.everyone(dict(quarantine.bad)):
+        for bad, changed in processes.everyone((dict(quarantine.bad), dict(quarantine.changes.seen))):
+            quarantine.changes.add(changed)
             for index, reason in bad.items():
                 quarantine.add(index, reason)

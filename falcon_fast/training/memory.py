@@ -1,4 +1,4 @@
-"""A step that does not fit into the memory: one line that says what was tried and what to change."""
+"""What does not fit into the memory: one line that says what was tried and what to change, if possible before a step is taken."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
-from falcon_fast.errors import TrainingError
-from falcon_fast.kernels import loss_implementations
+from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.hardware.host_memory import available_memory, is_out_of_memory
+from falcon_fast.kernels import loss_implementations, why_no_triton
 from falcon_fast.kernels.cpu import plan as cpu_plan
 from falcon_fast.models.batchnorm import has_batchnorm
 from falcon_fast.objective import planner
 from falcon_fast.objective.reference import PEAK_COPIES
 from falcon_fast.training.run import Run
-
-# Parts of the messages of failed allocations: those by CUDA and its libraries have other errors than torch's. The last one is
-# torch's on a CPU.
-SIGNS = ("out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 @contextmanager
@@ -29,11 +26,48 @@ def out_of_memory(run: Run, kept: Callable[[], str] | None = None) -> Iterator[N
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # numpy and Python raise MemoryError
-        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in SIGNS)):
+        if not is_out_of_memory(error):
             raise
         remedies = "; or ".join(_remedies(run)) or "a smaller network"
         line = f"{_where(run.device)} does not have enough memory for {_batch(run)}: use {remedies}"
         raise TrainingError(line + (f" ({kept()})" if kept else "")) from None
+
+
+def check_fits(run: Run) -> None:
+    """Check that the loss of this run can be computed here: its implementation, plan and budget fit together and the device.
+
+    Raises:
+        UsageError: they do not; the line says what to change.
+    """
+    loss, runs_here = run.config.loss, loss_implementations(run.device)
+    if loss.implementation not in ("auto", *runs_here):
+        reason = f" ({why_no_triton(run.device)})" if loss.implementation == "triton" else ""
+        raise UsageError(
+            f"loss.implementation={loss.implementation} does not run on {run.device}{reason}: choose auto or one of "
+            f"{', '.join(runs_here)}"
+        )
+    implementation = runs_here[0] if loss.implementation == "auto" else loss.implementation
+    if implementation == "reference" and loss.plan != "auto":
+        raise UsageError(
+            f"loss.implementation=reference has no plan {loss.plan}: use loss.plan=auto, or another implementation"
+        )
+    if implementation == "triton" and run.device.type == "cpu":
+        return  # Triton's interpreter, for tests: there is no GPU whose plan could be looked up
+    try:
+        name, peak, _ = loss_plan(run)
+    except ValueError as error:
+        raise UsageError(f"loss.memory_budget={loss.memory_budget} cannot be kept: {error}") from None
+    if loss.memory_budget and peak > loss.memory_budget * 2**20:
+        raise UsageError(
+            f"loss.memory_budget={loss.memory_budget} cannot be kept: the {name} plan needs {peak / 2**20:,.0f} MiB: raise it, "
+            "or lower --batch-size or --num-codes"
+        )
+    if peak > (free := available_memory(run.device)):
+        remedies = "; or ".join(_remedies(run)) or "fewer codes (--num-codes)"
+        raise UsageError(
+            f"the loss needs {peak / 2**30:,.1f} GiB in its {name} plan, and {_where(run.device)} has {free / 2**30:,.1f} GiB "
+            f"left: use {remedies}"
+        )
 
 
 def _where(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,15 +13,30 @@ from torch.distributed.tensor import DTensor
 from falcon_fast.config import OptimizerConfig
 
 
-def learning_rate(step: int, peak: float, total_steps: int, warmup_steps: int, warmup_lr: float) -> float:
-    """Return the learning rate of optimisation step `step` (from 0).
+class Rate(NamedTuple):
+    """Where the schedule is: every parameter group's learning rate lies at `share` of the way from `floor` to its peak.
 
-    It rises linearly from `warmup_lr` to `peak`, then falls along a half cosine to 0 at the end.
+    Both are numbers, or 0-d tensors on the device where the step is captured as a CUDA graph.
+    """
+
+    share: float | torch.Tensor
+    floor: float | torch.Tensor = 0.0
+
+    def of(self, peak: float) -> Any:
+        """Return the learning rate of a group with this peak, as a number or a 0-d tensor."""
+        return self.floor + self.share * (peak - self.floor)
+
+
+def rate_at(step: int, total_steps: int, warmup_steps: int, warmup_lr: float) -> Rate:
+    """Return the rate of optimisation step `step` (from 0).
+
+    Every group rises linearly from the same `warmup_lr` to its own peak in `warmup_steps` steps, as in the published code, then
+    falls along a half cosine to 0 at the end.
     """
     if step < warmup_steps:
-        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+        return Rate(step / warmup_steps, warmup_lr)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return Rate(0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
 
 
 def build_optimizer(
@@ -29,9 +44,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return Adam (L2 weight decay), AdamW (decoupled weight decay), SGD or LARS for the network and the online probe.
 
-    The parameter groups have `peak_lr`, which the trainer multiplies by the schedule. The probe is in a group without weight
-    decay. With `exclude_bias_and_norm`, biases, norms and the parameters that the backbone itself names (a ViT's position
-    embedding) are in another group without weight decay.
+    The parameter groups have `peak_lr`, which the schedule turns into the rate of a step (`Rate.of`). The probe is in a group
+    without weight decay. With `exclude_bias_and_norm`, biases, norms and the parameters that the backbone itself names (a ViT's
+    position embedding) are in another group without weight decay.
 
     LARS (You, Gitman and Ginsburg 2017, https://arxiv.org/abs/1708.03888) is SGD with momentum in which the gradient of each
     layer, weight decay included, is scaled to 1e-3 of the norm of its weights. As in SimCLR and BYOL, biases and norms are
@@ -41,16 +56,28 @@ def build_optimizer(
     if probe is not None:
         groups.append({"params": list(probe.parameters()), "peak_lr": probe_lr, "weight_decay": 0.0})
     if config.name == "lars":
-        return _lars(config, groups)
+        return _with_momentum(_lars(config, groups))
     # fused: one pass over all parameters instead of a dozen (ResNet-8 on two cores: 1.0 ms for a step instead of 3.4 ms)
     if config.name == "sgd":
         # Sharded parameters need foreach: "aten._fused_sgd_ does not have a sharding strategy registered".
         sharded = any(isinstance(p, DTensor) for p in network.parameters())
         implementation = {"foreach": True} if sharded else {"fused": True}
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, **implementation)
+        return _with_momentum(torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, **implementation))
     if config.name == "adam":
         return torch.optim.Adam(groups, lr=config.lr, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Give each parameter a momentum of zero, from which the first step does the same as without one. Returns the optimiser.
+
+    Without it the first step creates the momentum: also a step that is skipped because its gradient is not finite. The momentum
+    is then NaN, or with torch's fused SGD memory that is not initialised.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
 
 
 def _groups(config: OptimizerConfig, network: nn.Module) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from falcon_fast.config import Config, TrainingConfig
+from falcon_fast.config import Config, as_tables
 from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.workers import auto_workers
@@ -23,7 +23,9 @@ from falcon_fast.data.sources.opening import open_source, root_of
 from falcon_fast.data.views.augmentation import Augmentation, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.hardware.cuda import installed, mismatches
 from falcon_fast.hardware.devices import find_device
+from falcon_fast.hardware.host_memory import is_out_of_memory
 from falcon_fast.hardware.precision import Precision, choose_precision
 from falcon_fast.models.batchnorm import has_batchnorm, per_view_batchnorm, sync_batchnorm
 from falcon_fast.models.network import FalconNetwork, build_codes, build_criterion, build_network
@@ -36,6 +38,7 @@ from falcon_fast.training.distributed.parallel import average_buffers, data_para
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.graphed import why_not_graphed
 from falcon_fast.training.optimizer import build_optimizer
+from falcon_fast.training.requirements import check_accumulation, check_machine
 from falcon_fast.training.step import Learner
 
 
@@ -51,6 +54,8 @@ class Run:
         criterion: the loss.
         probe: the online linear probe; None without labels.
         notes: lines for the user about what is not as asked for, or not as expected.
+        changes: the settings that were changed when the run was resumed, and after how many steps; see `history_of`.
+        recorded: length and checksum of metrics.csv as it is now, or as it was when the restored checkpoint was written.
     """
 
     config: Config
@@ -66,6 +71,8 @@ class Run:
     probe: nn.Linear | None
     notes: tuple[str, ...]
     processes: Processes = field(default_factory=Processes)
+    changes: list[Mapping[str, Any]] = field(default_factory=list)
+    recorded: Mapping[str, Any] | None = None
     learner: Learner = field(init=False)
     _whole: tuple[FalconNetwork, nn.Linear | None] | None = field(init=False, default=None)
 
@@ -100,6 +107,7 @@ class Run:
             config.optimizer.clip_norm,
             WeightAverage(self.network, config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
             compiled,
+            self.processes.group,
         )
 
     @property
@@ -165,11 +173,17 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts about model and data that a checkpoint holds, and that must be the same when it is resumed."""
+        """The facts that a checkpoint holds: about model and data, which must be the same when it is resumed, all settings, and
+        the changes of settings so far.
+        """
         codes = hashlib.sha256(self.codes.words.cpu().numpy().astype("<i4").tobytes()).hexdigest()[:16]
         training, model, loss = self.config.training, self.config.model, self.config.loss
+        start = (
+            "" if model.initialisation == "timm" else f"initialised as {model.initialisation}, "
+        )  # old ones say nothing
+        shape = f"{model.name}, width {model.width}, stem {model.stem}"
         return {
-            "model": f"{model.name}, width {model.width}, stem {model.stem}, {loss.activation} to f = {loss.embedding_dim}",
+            "model": f"{shape}, {start}{loss.activation} to f = {loss.embedding_dim}",
             "optimizer": self.config.optimizer.name,
             "precision": self.precision.name,
             "data": self.source.fingerprint,
@@ -182,6 +196,9 @@ class Run:
             "temperature": self.config.tau,
             "mean": list(self.source.mean),
             "std": list(self.source.std),
+            "settings": as_tables(self.config),
+            "changes": list(self.changes),
+            "metrics": self.recorded,
         }
 
 
@@ -209,7 +226,15 @@ def prepare(
     if source is None:
         source = processes.main_first(opened)
     with processes.together():
-        parts = _build(config, source, processes)
+        try:
+            parts = _build(config, source, processes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"there is not enough memory to build {config.model.name} with f = {config.loss.embedding_dim} and "
+                f"c = {config.loss.num_codes}: use a smaller model, --embedding-dim or --num-codes"
+            ) from None
     return Run(**parts, processes=processes)
 
 
@@ -217,10 +242,14 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     """Build the parts of a run, except those that the processes build together."""
     device = find_device(config.training.device)
     precision, notes = choose_precision(config.training, device)
+    if (
+        device.type == "cpu" and config.training.device == "auto"
+    ):  # a GPU that cannot be used must not be passed over in silence
+        notes += tuple(f"training on the CPU: {line}" for line in mismatches(installed()) if "torch" in line)
     recipe = augmentation(config.data.augmentation)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=source.size))
     training = config.training
-    notes += _check_accumulation(training, processes)
+    notes += check_accumulation(training, processes)
     if training.cuda_graph and (reason := why_not_graphed(device, processes.world_size, config.optimizer.name)):
         raise UsageError(f"--cuda-graph: {reason}; leave it out")
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
@@ -228,6 +257,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     known = dict(source.known_bad)  # if there are too many, the user learns it before anything is written
     Quarantine(source.train.images, config.data.max_bad_fraction, known=known)
 
+    check_machine(config, source.size, device, processes)
     network = build_network(config, source.size)
     averaged = training.batch_size // training.accumulate // (1 if training.sync_batchnorm else processes.world_size)
     if averaged == 1 and has_batchnorm(network):
@@ -266,34 +296,13 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     }
 
 
-def _check_accumulation(training: TrainingConfig, processes: Processes) -> tuple[str, ...]:
-    """Return a note about what micro-batches change, if there are several.
-
-    Raises:
-        UsageError: the batch does not divide into them.
-    """
-    parts = training.accumulate * processes.world_size
-    if training.batch_size % parts:
-        raise UsageError(
-            f"batch size {training.batch_size} does not divide into {training.accumulate} micro-batches in each of "
-            f"{processes.world_size} processes: make it a multiple of {parts}"
-        )
-    if training.accumulate == 1:
-        return ()
-    micro = training.batch_size // training.accumulate
-    return (
-        f"--accumulate {training.accumulate}: the prior's mean assignment and BatchNorm's statistics are computed over each "
-        f"micro-batch of {micro} images, not over all {training.batch_size}",
-    )
-
-
 def seed_process(run: Run, step: int) -> None:
     """Seed the random state of every process but process 0 for the steps from `step` on.
 
     Otherwise the masks of dropout would be the same in every process, and again after each change of their number.
     """
     if run.processes.rank:
-        torch.manual_seed((run.config.training.seed + run.processes.rank) * 1_000_003 + step)
+        torch.manual_seed(((run.config.training.seed + run.processes.rank) * 1_000_003 + step) % 2**63)
 
 
 def build_probe(config: Config, network: FalconNetwork, source: Source, device: torch.device) -> nn.Linear | None:

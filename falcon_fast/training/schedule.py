@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from falcon_fast.config import Config
-from falcon_fast.training.optimizer import learning_rate
+from falcon_fast.training.optimizer import Rate, rate_at
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,11 @@ class Schedule:
     steps_per_epoch: int
     total_steps: int
 
-    def lr_scale(self, step: int) -> float:
-        """Return the factor that the schedule gives every peak learning rate for this step."""
+    def rate(self, step: int) -> Rate:
+        """Return what makes of every group's peak learning rate the one of this step."""
         optimizer = self.config.optimizer
         warmup = round(optimizer.warmup_epochs * self.steps_per_epoch)
-        rate = learning_rate(step - 1, optimizer.lr, self.total_steps, warmup, optimizer.warmup_lr)
-        return rate / optimizer.lr
+        return rate_at(step - 1, self.total_steps, warmup, optimizer.warmup_lr)
 
     def is_last(self, step: int) -> bool:
         return step == self.total_steps

@@ -25,8 +25,9 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
         The seconds of training, `seconds_before` included.
 
     Raises:
-        TrainingError: a loss is not finite, a checkpoint cannot be written, memory runs out, or another process is gone. The last
-            good checkpoint stays.
+        DivergedError: as many steps in a row as `training.max_bad_steps` had a loss or a gradient that is not finite.
+        TrainingError: weights or moments are not finite, a checkpoint cannot be written, memory runs out, or another process is
+            gone. The last good checkpoint stays.
         RunStopped: any process received SIGINT, SIGTERM or SIGUSR1. The state was saved first.
     """
     with Session(run, directory, console, start_step, seconds_before) as session:
@@ -39,7 +40,7 @@ def train(run: Run, directory: Path, console: Console, start_step: int = 0, seco
             if schedule.logs(step):
                 session.log(step, metrics)
             if schedule.saves(step) or stopping:
-                session.save(step)
+                session.save(step, stopping)
             if stopping:
                 session.stop()
         session.finish()

@@ -337,6 +337,9 @@ void bind_hadamard(nb::module_ &module) {
 
 NB_MODULE(_cpu, module) {
     module.def("scratch_kept", &falcon::scratch_kept, "Bytes of scratch that the calling thread keeps for its next call.");
+    module.def(
+        "team_members", [](int threads) { return falcon::team_members(team_size(threads)); }, nb::arg("threads"),
+        "The kernel's numbers of torch's OpenMP threads, the calling thread's among them.");
     bind_signs(module);
     bind_levels(module);
     bind_dense(module);

@@ -58,6 +58,7 @@ class Extension(StripKernels[Array], Protocol[Array]):
     """Every function of the module (bindings.cpp, bindings_views.cpp). They check the shapes and raise ValueError."""
 
     def scratch_kept(self) -> int: ...
+    def team_members(self, threads: int) -> list[int]: ...
     def levels(self) -> list[str]: ...
     def level(self) -> str: ...
     def use_level(self, name: str) -> None: ...
@@ -184,6 +185,15 @@ def _built_elsewhere() -> Path | None:
     if not any((installed / f"_cpu{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
         return None
     return None if installed.resolve() == KERNELS.resolve() else installed
+
+
+def team_members(threads: int) -> list[int] | None:
+    """Return the kernel's numbers of torch's OpenMP threads, the calling thread's among them, for a team of `threads`.
+
+    None if they are not known: without the C++ kernels, or with those of an older version.
+    """
+    members = getattr(cpu_extension, "team_members", None)
+    return None if members is None else list(members(threads))
 
 
 class Compiled:

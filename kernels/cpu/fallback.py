@@ -28,7 +28,7 @@ def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
 
 def dense_hadamard(words: torch.Tensor, f: int, c: int) -> torch.Tensor:
     """Return all packed codes (c, 1) of a Hadamard dictionary of width f < 32 from the packed signs of its blocks (c/f, 1)."""
-    rows = walsh_hadamard(torch.eye(f))
+    rows = walsh_hadamard(torch.eye(f, dtype=torch.float32))
     negative = ((rows < 0) * (1 << torch.arange(f))).sum(1).int()
     return (words.view(-1, 1) ^ negative).view(c, 1)
 

@@ -53,7 +53,7 @@ def loss_and_gradient(
     state = torch.zeros(n, 8, dtype=torch.float64)
     sweeps.rows(state)
     maxima, sums, cross, arguments = state.T.unflatten(0, (4, 2))  # each (2, N)
-    terms = torch.zeros(2, n, 4)
+    terms = torch.zeros(2, n, 4, dtype=torch.float32)
     terms[..., 0], terms[..., 1], terms[..., 2] = maxima, sums.log(), cross / sums
     invariance_term = 0.5 * (sums.log() - (cross / sums).flip(0)).numpy().sum() / n
 
@@ -63,11 +63,13 @@ def loss_and_gradient(
         prior_term -= math.log(c)
     terms[..., 3] = a
 
-    gradient = sweeps.gradient(terms, columns) if spec.with_gradient else torch.empty(0)
+    gradient = sweeps.gradient(terms, columns) if spec.with_gradient else torch.empty(0, dtype=torch.float32)
     loss_term = prior_term + spec.beta * invariance_term
-    loss, prior, invariance = (torch.tensor(float(x)) for x in (loss_term, prior_term, invariance_term))
+    loss, prior, invariance = (
+        torch.tensor(float(x), dtype=torch.float32) for x in (loss_term, prior_term, invariance_term)
+    )
     if not np.isfinite(state.numpy()).all():  # nor are the embeddings then; the later sweeps may lose that
-        loss, prior, invariance = (torch.tensor(math.nan) for _ in range(3))
+        loss, prior, invariance = (torch.tensor(math.nan, dtype=torch.float32) for _ in range(3))
         gradient.fill_(math.nan)
     used = _count_used(arguments.long().flatten().clamp(max=c - 1), c, spec.group)
     return loss, prior, invariance, used, gradient

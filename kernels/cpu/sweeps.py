@@ -29,7 +29,7 @@ class Columns:
 
     def __init__(self, c: int) -> None:
         width = padded(c)
-        self.peak, self.log_sum, self.weight, self.q = (torch.zeros(2, width) for _ in range(4))
+        self.peak, self.log_sum, self.weight, self.q = (torch.zeros(2, width, dtype=torch.float32) for _ in range(4))
 
 
 class _Dense:
@@ -56,7 +56,7 @@ class _Dense:
         else:
             for view, h in enumerate(views):
                 a[view, :, :f] = h
-            self.scale = torch.full((2 * n,), 1 / tau)
+            self.scale = torch.full((2 * n,), 1 / tau, dtype=torch.float32)
         self.a = a.view(2 * n, -1).view(torch.int32)
         self.f = f
         self.dh: torch.Tensor | None = None
@@ -66,7 +66,7 @@ class _Dense:
 
     def add_gradient(self, dz: torch.Tensor, first: int, count: int) -> None:
         if self.dh is None:
-            self.dh = torch.zeros(dz.shape[0] * dz.shape[1], -(-self.f // 64) * 64)
+            self.dh = torch.zeros(dz.shape[0] * dz.shape[1], -(-self.f // 64) * 64, dtype=torch.float32)
         self.extension.dense_gradient(dz, self.words, first, count, self.dh, self.int16, self.threads)
 
     def gradient(self, n: int) -> torch.Tensor:
@@ -120,10 +120,10 @@ class _Strips:
     def __init__(self, dense: _Dense | _DenseInTorch, n: int, spec: LossSpec, plan: Plan, threads: int) -> None:
         self.dense, self.ops, self.plan, self.threads = dense, dense.ops, plan, threads
         self.spec, self.n, self.c = spec, n, spec.c
-        self.strip = torch.empty(2 * n * min(plan.width, padded(self.c)))
+        self.strip = torch.empty(2 * n * min(plan.width, padded(self.c)), dtype=torch.float32)
         if plan.stored:
             self.stored = torch.empty(2 * n, padded(self.c), dtype=torch.uint16)
-            self.tiles = torch.empty(2 * n, padded(self.c) // TILE, 2)
+            self.tiles = torch.empty(2 * n, padded(self.c) // TILE, 2, dtype=torch.float32)
 
     def _ranges(self) -> Iterator[tuple[torch.Tensor, int, int]]:
         for first in range(0, self.c, self.plan.width):
@@ -214,7 +214,7 @@ class _Hadamard:
         """Return dL/dH (2, N, f), float32, contiguous."""
         beta, forward = self.spec.beta, self.spec.forward
         factor = 1 / (2 * self.arguments[0].shape[0])  # the other 1 / tau is in the diagonals
-        dh = torch.zeros(2, *self.arguments[0].shape)
+        dh = torch.zeros(2, *self.arguments[0].shape, dtype=torch.float32)
         column_terms = (columns.peak, columns.weight, columns.q)
         self.ops.hadamard_gradient(
             *self.arguments, terms, *column_terms, beta, factor, forward, dh[0], dh[1], self.threads

@@ -6,10 +6,13 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 namespace falcon {
 
@@ -82,6 +85,27 @@ void parallel(std::size_t threads, std::size_t phases, std::size_t count,
         region(Tasks::work, &tasks, static_cast<unsigned>(threads), 0); // always this number: libgomp restarts a team that grows
     else
         start_threads(std::min(threads, count), tasks);
+}
+
+std::vector<int> team_members(std::size_t threads) {
+    struct Members {
+        std::vector<int> numbers;
+        std::atomic<std::size_t> next = 0;
+        static void note(void *argument) {
+            auto &self = *static_cast<Members *>(argument);
+            if (const std::size_t i = self.next.fetch_add(1); i < self.numbers.size())
+                self.numbers[i] = static_cast<int>(syscall(SYS_gettid));
+        }
+    };
+    const Region region = threads > 1 && !forked ? openmp() : nullptr;
+    Members members;
+    members.numbers.resize(region ? threads : 1);
+    if (region)
+        region(Members::note, &members, static_cast<unsigned>(threads), 0);
+    else
+        Members::note(&members);
+    members.numbers.resize(std::min(members.numbers.size(), members.next.load())); // OMP_THREAD_LIMIT may allow fewer
+    return std::move(members.numbers);
 }
 
 void *scratch_bytes(Use use, std::size_t bytes) {

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <vector>
 
 namespace falcon {
 
@@ -26,6 +27,9 @@ void parallel(std::size_t threads, std::size_t phases, std::size_t tasks,
 
 // The team for this number of pixels in views: 2^22 take 10 ms on two threads.
 constexpr Team team_for(std::size_t pixels) { return pixels < (std::size_t(1) << 22) ? Team::kTorchs : Team::kOwn; }
+
+// The kernel's numbers (gettid) of torch's OpenMP threads, the caller's among them, in a team of `threads`.
+std::vector<int> team_members(std::size_t threads);
 
 // At least `count` T, uninitialised and aligned to 64 bytes, owned by the calling thread and kept for its next call. New memory
 // from the system costs 1.5 us per page here, 0.8 ms for the 2 MiB of a Hadamard segment's logits. Buffers in use at the same

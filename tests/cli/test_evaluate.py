@@ -43,3 +43,28 @@ def test_figures_are_shown_though_they_cannot_be_written(copied, monkeypatch, fa
     monkeypatch.setattr(run_directory, "write_json", full)
     code, out, err = falcon_fast("evaluate", copied)
     assert code == 1 and "trained by FALCON" in out and "No space left" in err
+
+
+def test_the_published_protocol_stands_beside_ours(copied, falcon_fast):
+    code, out, err = falcon_fast("evaluate", copied, "--protocol", "published")
+    assert code == 0, err
+    assert "published: batches of 64, not sorted by class" in out and "without eval()" in out
+    found = json.loads((copied / "evaluation.json").read_text())
+    result = json.loads((copied / "result.json").read_text())
+    assert found["trained"]["nmi_codes"] == pytest.approx(result["trained"]["nmi_codes"], abs=0.01)
+    assert found["published"]["batch_size"] == 64 and 0 <= found["published"]["nmi_codes"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("protocol", "line"), [("published", "have no labels: sort them"), ("Published", "unknown --protocol 'Published'")]
+)
+def test_a_protocol_that_does_not_fit_is_refused_before_anything_is_evaluated(
+    copied, image_folder, falcon_fast, protocol, line
+):
+    for image in sorted(image_folder.rglob("*.png")):  # one flat folder: no labels
+        image.rename(image_folder / f"{image.parent.name}-{image.name}")
+    for folder in ("dark", "light"):
+        (image_folder / folder).rmdir()
+    code, out, err = falcon_fast("evaluate", copied, "--data", image_folder, "--protocol", protocol)
+    assert code == 2 and line in err and err.count("\n") == 1
+    assert "evaluating" not in out and not (copied / "evaluation.json").exists()

@@ -55,5 +55,6 @@ def test_the_version_is_the_packages(falcon_fast):
 def test_info_runs_here(falcon_fast):
     code, out, _ = falcon_fast("info")
     assert code == 0
+    assert "free in /dev/shm" in out
     for piece in (torch.__version__.partition("+")[0], "reference", "C++ kernels", "cifar10-resnet8"):
         assert piece in out

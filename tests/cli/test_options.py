@@ -118,3 +118,35 @@ def test_the_recipe_is_digits_or_folder_for_ones_own_images():
     assert configured(None, {}) == load_recipe("digits")
     assert configured(None, {"data.path": "/images"}).recipe == "folder"
     assert configured("cifar10", {"data.path": "/images"}).recipe == "cifar10"
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(256, 1), (512, 8), (64, 1), (48, 1), (1000, 4)])
+def test_rates_scale_with_the_batch_as_in_the_published_code(batch, devices):
+    """There: 1e-3 and 0.1 times images in a device's batch x devices / 256."""
+    config = configured("cifar10", {"training.batch_size": batch})
+    factor = batch / devices * devices / 256
+    assert config.optimizer.lr == pytest.approx(1e-3 * factor, rel=1e-12)
+    assert config.probe.lr == pytest.approx(0.1 * factor, rel=1e-12)
+    assert config.optimizer.warmup_lr == 3e-5
+
+
+def test_scaled_rates_are_said_and_given_ones_are_absolute():
+    said = []
+    configured("cifar10", {"training.batch_size": 256}, said.append)
+    assert said == [
+        "batch size 256 instead of the recipe's 64: learning rate 0.001 instead of 0.00025, the probe's 0.1 instead of 0.025 "
+        "(--lr sets another)"
+    ]
+    given = overrides_of({"batch_size": 256, "lr": 3e-4}, ())
+    assert configured("cifar10", given, said.append).optimizer.lr == 3e-4
+    assert "the probe's 0.1" in said[1] and "learning rate" not in said[1]
+    config = configured("cifar10", overrides_of({"batch_size": 8}, ("optimizer.lr=1", "probe.lr=2")), said.append)
+    assert (config.optimizer.lr, config.probe.lr) == (1.0, 2.0)
+    assert configured("cifar10", {"training.batch_size": 64}, said.append) == load_recipe("cifar10")
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("batch", [0, -64])
+def test_a_batch_that_is_none_is_called_so(batch):
+    with pytest.raises(UsageError, match=r"training\.batch_size must be at least 1"):
+        configured("cifar10", {"training.batch_size": batch})

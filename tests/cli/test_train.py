@@ -121,7 +121,7 @@ BAD = {
     "augmentation": (["--set", "data.augmentation=digit"], "did you mean"),
     "resume nothing": (["--resume", "nowhere"], "no such run"),
     "resume no run": (["--resume", "empty"], "config.toml"),
-    "resume with changes": (["--resume", "empty", "--epochs", "3"], "cannot change"),
+    "resume with another recipe": (["--resume", "empty", "--recipe", "cifar10"], "cannot change"),
     "continue what": (["--continue"], "--continue needs --run-dir"),
     "continue no run": (["--continue", "--run-dir", "occupied"], "something other than a run"),
     "occupied run directory": (["--run-dir", "occupied"], "not empty"),
@@ -154,8 +154,9 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(name, tmp_path, monkeypa
 
 def test_a_diverging_run_exits_with_one_line(tmp_path, falcon_fast):
     code, _, err = falcon_fast("train", *TINY, "--set", "optimizer.lr=1e30", "--run-dir", tmp_path / "run")
-    assert code == 1
-    assert "not finite at step" in err and len(err.strip().splitlines()) == 1
+    assert code == 4
+    assert "not finite at steps 2 to 11" in err and len(err.strip().splitlines()) == 1
+    assert "falcon-fast replay" in err and "positions" in err
     assert not (tmp_path / "run" / "result.json").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 from PIL import Image
 
 from falcon_fast.config import load_recipe, override, validate
+from falcon_fast.data.sources import manifest
 from falcon_fast.data.sources.decoding import header, read_image
 from falcon_fast.data.sources.folders import image_paths
+from falcon_fast.data.tools import packed_names
 from falcon_fast.training.run import prepare
 
+from .dali import DALI
 from .images import damage, smooth, write_every_kind
 
 
@@ -59,10 +64,10 @@ def test_what_no_jpeg_holds_is_named_and_nothing_half_written_stays(tmp_path: Pa
 
     monkeypatch.setattr(Image.Image, "save", full)
     code, lines, err = data("pack", tmp_path / "in", tmp_path / "full")
-    assert code == 1 and "No space left" in err and not list((tmp_path / "full").iterdir())
+    assert code == 74 and "No space left" in err and not list((tmp_path / "full").iterdir())
 
 
-@pytest.mark.parametrize("loader", ["workers", "dali", "resident"])
+@pytest.mark.parametrize("loader", ["workers", DALI, "resident"])
 def test_a_preview_shows_what_a_run_sees_first(photo_folder: Path, tmp_path: Path, data, loader: str) -> None:
     out = tmp_path / "sheet.png"
     code, lines, err = data(
@@ -117,3 +122,78 @@ def test_what_is_refused(arguments: list[str], message: str, photo_folder: Path,
     code, _, err = data(*arguments)
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert not Path("x.png").exists()
+
+
+def test_no_two_files_get_the_same_packed_name(tmp_path: Path) -> None:
+    """Names that collide in every way that is known, and all of them at random: unique also without regard to case."""
+    random = np.random.RandomState(0)
+    some = [
+        "a",
+        "A",
+        "a.png",
+        "a.jpg",
+        "a.png.jpg",
+        "\u00e9",
+        "e\u0301",
+        "x" * 250,
+        "x" * 251,
+        "two\nlines",
+        "a,b",
+        "\udce9",
+    ]
+    every = [
+        f"{folder}{stem}{end}"
+        for folder in ("", "c/", "C/")
+        for stem in some
+        for end in (".png", ".jpg", ".JPG", ".jpeg")
+    ]
+    every = [name for name in every if len(name.rpartition("/")[2].encode("utf-8", "surrogateescape")) <= 255]
+    for _ in range(50):
+        chosen = [tmp_path / name for name in random.choice(every, 40, replace=False)]
+        names = packed_names(tmp_path, chosen)
+        alike = [
+            unicodedata.normalize("NFC", unicodedata.normalize("NFD", str(name)).casefold()) for name in names.values()
+        ]
+        assert len(set(alike)) == len(chosen) == len(names)
+        assert all(len(os.fsencode(name.name)) <= 255 and name.suffix == ".jpg" for name in names.values())
+        assert packed_names(tmp_path, reversed(chosen)) == names  # whatever the order
+
+
+def test_three_images_of_almost_one_name_stay_three(tmp_path: Path, data) -> None:
+    colours = {"a.png": (255, 0, 0), "a.jpg": (0, 128, 0), "a.png.jpg": (0, 0, 255)}
+    (tmp_path / "in").mkdir()
+    for name, colour in colours.items():
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "in" / name)
+    seen = set()
+    for run in range(5):
+        assert data("pack", tmp_path / "in", tmp_path / f"out{run}") == (0, [], "")
+        packed = sorted((tmp_path / f"out{run}").iterdir())
+        found = {tuple(round(v / 128) * 128 for v in np.asarray(Image.open(path))[20, 20].tolist()) for path in packed}
+        assert found == {(256, 0, 0), (0, 128, 0), (0, 0, 256)}
+        seen.add(tuple(path.name for path in packed))
+    assert len(seen) == 1 and "a.jpg.jpg" in min(seen)
+
+
+def test_names_of_every_kind_are_packed_and_verified(tmp_path: Path, data) -> None:
+    names = ["x" * 251 + ".png", "x" * 251 + ".jpg", "two\nlines.png", "a,b\".png", "Case.png", "case.png", "\u00e9.png",
+             "e\u0301.png", "\udce9.png", "  .png", "-r.png", "d.png/1.png", "\u4e00" * 83 + ".png"]  # fmt: skip
+    root = tmp_path / "in"
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with (root / name).open("wb") as file:
+            smooth(20, 16, i).save(file, "PNG" if name.endswith("png") else "JPEG")
+    (root / "notes.txt").write_text("x")
+    (root / "more.tar").write_bytes(b"")
+    code, lines, err = data("pack", root, tmp_path / "out")
+    assert (code, lines) == (0, [])
+    assert err.splitlines() == [
+        "1 file left out by extension (.txt)",
+        "not read: 1 tar archive; the images beside them are used",
+    ]
+    assert len(image_paths(tmp_path / "out")) == len(names)
+    assert data("verify", root)[:2] == (0, [])
+    entries = manifest.read_manifest(root)
+    assert set(entries) == set(names) and all(entry.decoded for entry in entries.values())
+    (root / "two\nlines.png").write_bytes(b"")
+    code, lines, _ = data("verify", root)
+    assert code == 1 and len(lines) == 1 and "two\\nlines.png" in lines[0]

@@ -16,6 +16,7 @@ import pytest
 
 from falcon_fast import config
 from falcon_fast.cli.main import cli
+from falcon_fast.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -53,7 +54,7 @@ def test_the_choices_on_the_page_are_those_that_are_valid(generate: ModuleType) 
             continue  # checked when the run is made
         for choice in choices:
             config.validate(config.override(config.Config(), {key: choice}))
-        with pytest.raises(config.UsageError, match=f"unknown {re.escape(key)}"):
+        with pytest.raises(UsageError, match=f"unknown {re.escape(key)}"):
             config.validate(config.override(config.Config(), {key: "nonsense"}))
 
 

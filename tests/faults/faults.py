@@ -58,7 +58,7 @@ REPORTING = (
     Fault(
         "the logged learning rate",
         "falcon_fast/training/records/logs.py",
-        "run.config.optimizer.lr * lr_scale",
+        "rate.of(run.config.optimizer.lr)",
         "run.config.optimizer.lr",
         "tests/training/records/test_logs.py::test_every_metric_of_a_row_stands_in_its_column",
         "the peak rate at every step",

@@ -146,7 +146,7 @@ def test_the_closed_form_of_the_gradient():
 @pytest.mark.parametrize("prior", ["reverse", "forward"])
 @pytest.mark.parametrize("n", [64, 256, 1024])
 def test_finite_in_float32_at_the_optimum(prior: str, n: int):
-    """Embeddings on their codes: the published code gives NaN here from n = 64 on."""
+    """Embeddings on their codes."""
     codes = RademacherCodes(256, 512, 0)
     h = codes.dense()[:, :32].T.contiguous().requires_grad_()
     out = falcon_loss(h, h, codes, temperature(256, 512, n), prior=prior, implementation="reference")
@@ -155,6 +155,57 @@ def test_finite_in_float32_at_the_optimum(prior: str, n: int):
     if prior == "reverse":
         assert out.prior.item() == pytest.approx(math.log(512 / 32), rel=1e-3)  # uniform over 32 of 512 codes
     assert out.codes_used == 32
+
+
+def with_plain_probabilities(h1: torch.Tensor, h2: torch.Tensor, w: torch.Tensor, tau: float) -> torch.Tensor:
+    """The loss as the paper writes it (beta = 1, reverse prior), with probabilities that float32 may round to zero."""
+    c = w.shape[1]
+    p1, p2 = ((h @ w / tau).softmax(1) for h in (h1, h2))
+    priors = [torch.sum(p.mean(0) * torch.log(c * p.mean(0))) for p in (p1, p2)]
+    crosses = [-torch.sum(p * (h @ w / tau).log_softmax(1)) / len(h) for p, h in ((p2, h1), (p1, h2))]
+    return 0.5 * sum(priors) + 0.5 * sum(crosses)
+
+
+def test_the_smallest_case_where_plain_probabilities_are_nan():
+    """One image, f = 1, c = 2, n = 8: the other code's probability exp(-104) is 0 in float32, and 0 ln 0 is NaN."""
+    h, w = torch.ones(1, 1), torch.tensor([[1.0, -1.0]])
+    for n, nan in ((7, False), (8, True)):
+        tau = temperature(1, 2, n)
+        assert with_plain_probabilities(h, h, w, tau).isnan().item() is nan
+        assert reference_loss(h, h, w, tau, 1.0, "reverse", None)[0].item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def published_dictionary() -> tuple[RademacherCodes, torch.Tensor]:
+    codes = RademacherCodes(2048, 16384, 0)
+    return codes, codes.dense()
+
+
+@pytest.mark.parametrize(
+    ("n", "share", "nan"), [(31, 1.0, False), (33, 1.0, True), (64, 0.70, False), (64, 0.71, True)]
+)
+def test_where_plain_probabilities_become_nan_at_the_published_size(published_dictionary, n, share, nan):
+    """n images on `share` times their codes. n = 32 goes either way with the rounding of the exponential."""
+    codes, w = published_dictionary
+    h, tau = share * w[:, :n].T.contiguous(), temperature(2048, 16384, n)
+    assert with_plain_probabilities(h, h, w, tau).isnan().item() is nan
+    loss = falcon_loss(h, h, codes, tau, implementation="reference").loss.item()
+    assert loss == pytest.approx(math.log(16384 / n), rel=1e-4)
+
+
+def test_a_loss_and_a_gradient_where_half_the_views_disagree(published_dictionary):
+    """Where the gradient is needed most. Two codes are sqrt(n) ln(1 / eps) = 147 apart: half of it, and the prior."""
+    codes, w = published_dictionary
+    n, tau = 64, temperature(2048, 16384, 64)
+    h1 = w[:, :n].T.contiguous()
+    h2 = torch.cat((w[:, n : n + n // 2].T, h1[n // 2 :])).contiguous()
+    assert with_plain_probabilities(h1, h2, w, tau).isnan()
+    h1.requires_grad_()
+    loss = falcon_loss(h1, h2, codes, tau, implementation="reference").loss
+    assert loss.item() == pytest.approx(79, abs=1)
+    assert loss.item() == pytest.approx(0.5 * 8 * math.log(1e8) + math.log(16384 / n), rel=0.02)
+    (grad,) = gradient(loss, h1)
+    assert torch.isfinite(grad).all() and (grad.norm(dim=1) > 1e-3).tolist() == [True] * 32 + [False] * 32
 
 
 def test_log_mean_assignment_does_not_underflow():

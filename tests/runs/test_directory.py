@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from falcon_fast import config
-from falcon_fast.config import load_recipe, override
+from falcon_fast.config import load_recipe
 from falcon_fast.errors import UsageError
-from falcon_fast.runs.directory import CHANGEABLE, create_run_directory, state_of, write_json
+from falcon_fast.runs.directory import create_run_directory, keep_result, state_of, write_json
 
 from ..commands import TINY
 
@@ -53,36 +54,41 @@ def checkpointed(directory: Path) -> None:
 
 def test_the_state_of_a_directory(tmp_path):
     run, digits = tmp_path / "run", load_recipe("digits")
-    assert state_of(run, digits) == "new"
-    create_run_directory(run, override(digits, {"data.size": 16}))  # 16: the source's own size, for which 0 stands
-    assert state_of(run, digits) == "new"
+    assert state_of(run) == "new"
+    create_run_directory(run, digits)
+    assert state_of(run) == "new"
     checkpointed(run)
-    assert state_of(run, digits) == "begun"
+    assert state_of(run) == "begun"
     (run / "result.json").write_text("{}")
-    assert state_of(run, digits) == "finished"
+    assert state_of(run) == "finished"
+    assert keep_result(run, 3) == "result-3-epochs.json" and keep_result(run, 3) is None
+    assert state_of(run) == "begun" and (run / "result-3-epochs.json").read_text() == "{}"
     with pytest.raises(UsageError, match="not empty"):
         create_run_directory(run, digits)
 
 
-def test_only_where_a_run_works_may_change(tmp_path):
-    run, digits = tmp_path / "run", load_recipe("digits")
-    create_run_directory(run, digits)
-    other = {"data.path": "/elsewhere", "data.loader": "workers", "data.workers": 3, "data.resident_mib": 1}
-    other |= {"data.photometric": "eager", "data.max_bad_fraction": 0.5, "data.max_pixels": 10**9}
-    other |= {"training.device": "cpu", "training.strategy": "ddp", "training.timeout": 7}
-    assert set(other) == CHANGEABLE
-    assert state_of(run, override(digits, other)) == "new"
-    for name, value in (("training.seed", 3), ("loss.beta", 2.0), ("training.precision", "bf16"), ("data.size", 8)):
-        with pytest.raises(UsageError, match=rf"{name} is .*, not {value!r}: choose another --run-dir"):
-            state_of(run, override(digits, {name: value}))
-    with pytest.raises(UsageError, match="a run of recipe digits, not cifar10"):
-        state_of(run, load_recipe("cifar10"))
+def test_directories_that_are_made_at_once_get_names_of_their_own(tmp_path):
+    """Eight threads at a barrier, all with the same name: as runs that start in one second."""
+    barrier, made = threading.Barrier(8), []
+
+    def make():
+        barrier.wait()
+        made.append(create_run_directory(tmp_path / "runs" / "digits", load_recipe("digits"), fresh=True))
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = ["digits", *(f"digits-{n}" for n in range(2, 9))]
+    assert sorted(path.name for path in made) == names == sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert all((path / "config.toml").is_file() for path in made)
 
 
 def test_what_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(UsageError, match="something other than a run"):
-        state_of(tmp_path, load_recipe("digits"))
+        state_of(tmp_path)
 
 
 def test_json_is_written_whole_and_without_what_json_does_not_know(tmp_path, monkeypatch):

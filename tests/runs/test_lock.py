@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ import pytest
 
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.lock import RunLock
+
+from ..fuzz import COUNTS, MIB, fuzz
 
 HOLDER = """
 import sys
@@ -78,3 +81,39 @@ def test_without_locks_nobody_is_kept_out(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_said(tmp_path):
     with RunLock(tmp_path / "nowhere" / "run") as lock, pytest.raises(UsageError, match="cannot be written: No such"):
         lock.take()
+
+
+@pytest.mark.parametrize("kind", ["a link", "a broken link", "a FIFO", "a directory"])
+def test_a_lock_that_is_no_file_is_one_line_and_nothing_changes(tmp_path, kind):
+    """The run directory of a stranger may hold a link to any file of the user, which taking the lock would have emptied."""
+    directory, precious = tmp_path / "run", tmp_path / "precious"
+    directory.mkdir()
+    lock = directory / ".lock"
+    if kind == "a link":
+        precious.write_text("precious")
+        lock.symlink_to(precious)
+    elif kind == "a broken link":
+        lock.symlink_to(precious)
+    elif kind == "a FIFO":
+        os.mkfifo(lock)
+    else:
+        lock.mkdir()
+    with (
+        pytest.raises(UsageError, match=r"cannot be written: .*choose another --run-dir") as caught,
+        RunLock(directory) as held,
+    ):
+        held.take()
+    assert "\n" not in str(caught.value)
+    assert precious.exists() == (kind == "a link") and (kind != "a link" or precious.read_text() == "precious")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_mutations_of_the_holders_name_are_a_name(tmp_path, count):
+    (tmp_path / ".lock").write_text("process 12345 on machine.example.org")
+    lock = RunLock(tmp_path)
+
+    def read():
+        assert (name := lock._holder()) and name.isprintable() and len(name) <= 1024
+
+    outcome = fuzz(read, [tmp_path / ".lock"], count, name=".lock", memory=16 * MIB)
+    assert outcome.accepted == count

@@ -299,6 +299,35 @@ def test_the_slurm_script_saves_is_queued_again_and_continues(tmp_path):
     assert (acted / "calls").read_text().splitlines() == calls
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "queued"),
+    [
+        *((code, 0, False) for code in (0, 1, 2, 74)),
+        *((code, restarts, restarts < 20) for code in (75, 137) for restarts in (0, 19, 20)),
+        (130, 500, True),
+    ],
+)
+def test_the_slurm_script_queues_a_job_again_by_its_exit_code(tmp_path, code, restarts, queued):
+    for name, text in (
+        ("srun", f"#!/bin/bash\nexit {code}\n"),
+        ("scontrol", f'#!/bin/bash\n[[ $1 == show ]] && echo localhost || echo "$*" >> {tmp_path}/calls\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
+    done = subprocess.run(["bash", str(EXAMPLES / "slurm.sh")], env=environment, timeout=60)
+    assert (tmp_path / "calls").read_text().splitlines() == ["requeue 4711"] * queued
+    assert done.returncode == (0 if queued else code)
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 @pytest.mark.parametrize("name", ["slurm.sh", "torchrun.sh"])
 def test_shellcheck_finds_nothing(name):

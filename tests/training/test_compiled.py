@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.loaders.training import training_batches
 from falcon_fast.data.views.photometric_stage import photometric_stage
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import RunStopped, UsageError
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import compiled, trainer
 from falcon_fast.training.checkpoints import checkpoint
@@ -30,6 +30,15 @@ def backend(request, monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **k, backend=request.param))
     return request.param
+
+
+def test_a_compiler_that_a_signal_has_ended_is_no_failure():
+    """Ctrl-C on a terminal reaches the C++ compiler, too."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    for stopping, kind in ((False, UsageError), (True, RunStopped)):
+        with pytest.raises(kind), compiled.compiler_failures(lambda stopping=stopping: stopping):
+            raise TorchDynamoException("the C++ compiler was interrupted")
 
 
 def steps_of(run, steps: range, photometric):

@@ -22,7 +22,7 @@ from falcon_fast.training.averaging import WeightAverage
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.restore import restore
 from falcon_fast.training.graphed import WARM_UP, GraphedStep
-from falcon_fast.training.optimizer import build_optimizer
+from falcon_fast.training.optimizer import Rate, build_optimizer
 from falcon_fast.training.run import prepare
 from falcon_fast.training.step import Learner, training_step
 
@@ -65,9 +65,9 @@ def as_eager(mine: Learner, theirs: Learner, device, count: int) -> None:
     """Compare graphed steps of `mine` with ordinary steps of `theirs`."""
     step = GraphedStep(mine, lambda batch: (batch["views"] * 2, batch["labels"]), device)
     for batch in batches(count, device):
-        scale = 1.0 / (1 + batch["step"])
-        found = step(batch, scale)
-        expected = training_step(theirs, batch["views"] * 2, batch["labels"], scale, measure_norm=True)
+        rate = Rate(1.0 / (1 + batch["step"]), 1e-4 * (batch["step"] % 3))
+        found = step(batch, rate)
+        expected = training_step(theirs, batch["views"] * 2, batch["labels"], rate, measure_norm=True)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     ours, reference = ({**x.network.state_dict(), **x.probe.state_dict(), **x.extra_state()} for x in (mine, theirs))

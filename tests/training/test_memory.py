@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from falcon_fast.config import load_recipe, override, validate
-from falcon_fast.errors import TrainingError
+from falcon_fast.errors import TrainingError, UsageError
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import memory, stepper, trainer
 from falcon_fast.training.run import Run, prepare
@@ -94,3 +94,37 @@ def test_advice_for_a_gpu_is_the_planners(monkeypatch):
     assert f"--set loss.plan=streaming, which needs {found['streaming'].peak / 2**20:,.0f} MiB; or --amp" in line
     run.config = dataclasses.replace(run.config, loss=dataclasses.replace(run.config.loss, memory_budget=64))
     assert memory.loss_plan(run)[0] == "streaming"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss__implementation": "reference", "loss__plan": "stored"}, "loss.plan=auto"),
+        ({"loss__implementation": "reference", "loss__memory_budget": 1, "loss__num_codes": 65536}, "memory_budget=1"),
+        ({"loss__memory_budget": 1, "loss__num_codes": 65536}, "loss.memory_budget=1 cannot be kept"),
+        ({"loss__memory_budget": 1, "loss__plan": "stored", "loss__num_codes": 65536}, "the stored plan needs"),
+        ({"loss__memory_budget": 1, "loss__codes": "hadamard", "loss__num_codes": 65536}, "cannot be kept"),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_is_refused_before_it_is(settings, words):
+    with pytest.raises(UsageError, match=words) as caught:
+        memory.check_fits(prepared(**settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_implementation_of_another_device_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "loss_implementations", lambda device: ("cpu", "reference"))
+    monkeypatch.setattr(memory, "why_no_triton", lambda device: "there is no GPU")
+    with pytest.raises(
+        UsageError, match=r"triton does not run on cpu \(there is no GPU\): choose auto or one of cpu, ref"
+    ):
+        memory.check_fits(prepared(loss__implementation="triton"))
+
+
+def test_a_loss_beyond_the_free_memory_is_refused(monkeypatch):
+    run = prepared()
+    memory.check_fits(run)
+    _, peak, _ = memory.loss_plan(run)
+    monkeypatch.setattr(memory, "available_memory", lambda device: peak - 1)
+    with pytest.raises(UsageError, match="--accumulate 2; or --batch-size 32"):
+        memory.check_fits(run)

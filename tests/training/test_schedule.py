@@ -33,6 +33,9 @@ def test_zero_stands_for_the_end_alone_or_for_every_epoch():
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
     mine = schedule(optimizer__lr=0.1, optimizer__warmup_epochs=0.5, optimizer__warmup_lr=0.05)
-    scales = [mine.lr_scale(step) for step in range(1, 31)]
-    assert scales[:6] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-    assert scales[5:] == sorted(scales[5:], reverse=True) and 0 < scales[-1] < 0.005
+    rates = [mine.rate(step).of(0.1) for step in range(1, 31)]
+    assert rates[:6] == pytest.approx([0.05, 0.06, 0.07, 0.08, 0.09, 0.1])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and 0 < rates[-1] < 0.0005
+    probe = [mine.rate(step).of(1.0) for step in range(1, 31)]  # from the same start to its own peak
+    assert probe[:6] == pytest.approx([0.05, 0.24, 0.43, 0.62, 0.81, 1.0])
+    assert probe[5:] == pytest.approx([10 * rate for rate in rates[5:]])

@@ -1,35 +1,37 @@
-"""What surrounds the steps: tests of the test split, finite losses, and the switches of precision."""
+"""What surrounds the steps: tests of the test split, and the switches of precision."""
 
 from __future__ import annotations
 
 import copy
+import csv
 import signal
 
 import pytest
 import torch
 
-from falcon_fast.errors import TrainingError
+from falcon_fast.hardware import threads
 from falcon_fast.runs.results import load_trained
 from falcon_fast.training import session, stepper, trainer
-from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.distributed import signals
 
 from .tiny import QUIET, start
 
 
-def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    directory, step_function, calls = tmp_path / "run", stepper.training_step, []
-
-    def diverging(*arguments):
-        calls.append(None)
-        metrics = step_function(*arguments)
-        return metrics._replace(loss=metrics.loss * float("nan")) if len(calls) >= 7 else metrics
-
-    monkeypatch.setattr(stepper, "training_step", diverging)
-    with pytest.raises(TrainingError, match="not finite at step 7") as caught:
-        trainer.train(start(directory), directory, QUIET)
-    assert "step-00000005" in str(caught.value)
-    assert [p.name for p in checkpoint.complete(directory / "checkpoints")] == ["step-00000005"]
+def test_the_loop_follows_the_load_and_records_the_number_of_threads(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "usable_threads", lambda: 2)
+    busy = iter([2.0, 2.0, 2.0, *[0.0] * 1000])
+    # What other programs keep busy, after each step; tests/hardware measures it.
+    monkeypatch.setattr(threads.AdaptiveThreads, "check", lambda self: self._follow(next(busy)))
+    before, directory = torch.get_num_threads(), tmp_path / "run"
+    torch.set_num_threads(2)
+    try:
+        with threads.following_load(torch.device("cpu"), 0, False, lambda _: None):
+            trainer.train(start(directory, log__every_steps=1), directory, QUIET)
+    finally:
+        torch.set_num_threads(before)
+    with (directory / "metrics.csv").open(newline="") as file:
+        assert [row["threads"] for row in csv.DictReader(file)][:6] == ["2", "1", "1", "1", "1", "2"]
 
 
 def test_what_is_tested_and_kept_is_the_average(tmp_path, monkeypatch):

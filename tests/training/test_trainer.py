@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -51,6 +54,22 @@ def test_the_seed_alone_decides_the_run(whole, tmp_path):
     # The random states differ by the caller's seed; everything else is equal.
     ours, theirs = whole[0].network.state_dict(), run.network.state_dict()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_clock_that_is_set_back_changes_nothing(whole, tmp_path, monkeypatch):
+    """Each look at the clock is an hour before the last: durations, rows and checkpoints do not depend on it."""
+    now = itertools.count(2e9, -3600.0)
+    for name in ("time", "time_ns"):
+        monkeypatch.setattr(time, name, lambda name=name: next(now) if name == "time" else int(next(now) * 1e9))
+    directory = tmp_path / "run"
+    run = start(directory, training__epochs=2)
+    seconds = trainer.train(run, directory, QUIET)
+    assert rows(directory) == rows(whole[1]) and 0 < seconds < 3600
+    with (directory / "metrics.csv").open() as file:
+        times = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert times == sorted(times) and times[0] > 0
+    assert checkpoint.latest(directory).name == "step-00000022"
+    assert_same_state(run, whole[0])
 
 
 class Reads(TorchDispatchMode):

@@ -61,3 +61,28 @@ def assert_same_state(a: Run, b: Run) -> None:
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert torch.equal(ours[key], theirs[key]), key
+
+
+def poison(monkeypatch, module, which) -> None:
+    """Let `module` (which has `feed_of`) see infinite pixels: `which(step, image)`, the step from 1, says in which views.
+
+    The views are those that a batch of resident images is cut to, so that only this image is not finite.
+    """
+    original = module.feed_of
+
+    def poisoned(*arguments):
+        feed = original(*arguments)
+
+        def views_of(given):
+            views, labels = feed.views_of(given)
+            images = given.indices.tolist()
+            rows = [
+                i + (view - 1) * len(images) for i, image in enumerate(images) for view in which(given.step + 1, image)
+            ]
+            views = views.clone()
+            views[rows, :, 3, 3] = torch.inf
+            return views, labels
+
+        return feed._replace(views_of=views_of)
+
+    monkeypatch.setattr(module, "feed_of", poisoned)

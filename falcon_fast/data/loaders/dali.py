@@ -19,7 +19,6 @@ was read ahead when it was found, so that the list is that of the other loaders.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.dali_files import encoded
 from falcon_fast.data.loaders.dali_pipeline import build_pipeline, regions, whole_image
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
+from falcon_fast.data.sources.changes import changes_of
 from falcon_fast.data.sources.decoding import header_size
 from falcon_fast.data.sources.disk import BadImage
 from falcon_fast.data.sources.images import ImageFiles, Split
@@ -39,6 +39,7 @@ from falcon_fast.data.views.crops_cpu import resized_crops
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
 from falcon_fast.errors import TemporaryError, TrainingError
+from falcon_fast.hardware.processors import usable_threads
 
 READ_AHEAD = 4  # steps, one thread each; reading several files at once helps on a slow or remote disk
 
@@ -52,6 +53,7 @@ class _EncodedBatch(NamedTuple):
     sizes: np.ndarray  # int64 (n, 2), width and height
     boxes: np.ndarray  # int64 (2, n, 4), of both views
     met: dict[int, str]  # bad images that others stand in for, number -> reason
+    changed: dict[int, str]  # images whose files have changed since the run began
 
 
 # What is prepared for a step: a batch; or the bad images, if they are too many; or why the files could not be read.
@@ -106,7 +108,7 @@ class _Loader:
         self.bad = dict(quarantine.bad)
         # Images that DALI cannot decode, or decodes to another size than the header says.
         self.by_pillow: set[int] = set()
-        self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
+        self.threads = min(16, usable_threads())
         self.croppers = ThreadPoolExecutor(self.threads, thread_name_prefix="falcon-fast-crop")
 
     def prepare(self, step: int) -> _Prepared:
@@ -127,7 +129,8 @@ class _Loader:
         sizes = np.array([size for _, size in share.images], np.int64)
         files = [data for data, _ in share.images]
         boxes = np.stack([crop_boxes(plan.geometry[view], sizes[:, 1], sizes[:, 0], self.rule) for view in range(2)])
-        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.met)
+        changed = changes_of(self.images, share.indices)
+        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.met, changed)
 
     def pipeline(self, source: Any) -> Any:
         """Build a pipeline that takes its files from `source`."""
@@ -153,6 +156,7 @@ class _Loader:
                 for index, reason in (prepared if isinstance(prepared, dict) else prepared.met).items():
                     self.quarantine.add(index, reason)
                 assert isinstance(prepared, _EncodedBatch)  # otherwise the quarantine has raised
+                self.quarantine.changes.add(prepared.changed)
                 found = np.from_dlpack(shapes.as_tensor())[:, 1::-1]
                 changed = (found != prepared.sizes).any(1)
                 if changed.any():  # the file has changed since its header was read

@@ -94,7 +94,8 @@ def why_not(device: torch.device) -> str | None:
     try:
         build_pipeline(lambda: ([pixel], *whole_image(device)), 1, 1, device, 1).run()
     except ModuleNotFoundError as error:
-        return f"{reason_of(error)}: pip install nvidia-dali-cuda130"
+        package = "nvidia-dali-cuda120" if (torch.version.cuda or "").startswith("12.") else "nvidia-dali-cuda130"
+        return f"{reason_of(error)}: pip install {package}"
     except Exception as error:  # a missing library or an old driver gives ImportError, OSError or RuntimeError
         return reason_of(error)
     return None

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.loaders.forking import started
-from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
+from falcon_fast.data.loaders.shared_memory import handed_over, received
+from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
 from falcon_fast.data.sources.disk import BadImage
 from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.evaluation_view import evaluation_view
@@ -37,10 +38,10 @@ class _Evaluated(Dataset[_Item]):
             return index, error
 
 
-def _stack(items: list[_Item]) -> tuple[torch.Tensor | None, dict[int, str | TemporaryError]]:
+def _stack(items: list[_Item]) -> tuple[torch.Tensor | np.ndarray | None, dict[int, str | TemporaryError]]:
     good = [pixels for _, pixels in items if isinstance(pixels, np.ndarray)]
     bad = {index: reason for index, reason in items if not isinstance(reason, np.ndarray)}
-    return torch.from_numpy(np.stack(good)) if good else None, bad
+    return handed_over(torch.from_numpy(np.stack(good))) if good else None, bad
 
 
 def evaluation_batches(
@@ -74,7 +75,9 @@ def evaluation_batches(
         pin_memory=device.type == "cuda",
     )
     some = not len(split.images)
-    for images, found in started(loader):
+    with hold_signals():
+        batches = started(loader)
+    for images, found in batches:
         for index, reason in found.items():
             if isinstance(reason, TemporaryError):
                 raise reason
@@ -83,7 +86,7 @@ def evaluation_batches(
             bad[index] = reason
         if images is not None:
             some = True
-            yield images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            yield received(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
     if not some:
         raise UsageError(
             f"none of {len(split.images)} images can be decoded: `falcon-fast data verify` names the reasons"

@@ -22,11 +22,15 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from falcon_fast.data.sources.changes import Changes
 from falcon_fast.data.sources.disk import BadImage
 from falcon_fast.data.sources.images import ImageFiles, Images, shown
 from falcon_fast.data.views.sampling import BatchPlan, Clock
 from falcon_fast.errors import UsageError
+from falcon_fast.files import Appended, written_whole
+from falcon_fast.reading import csv_records, one_line
 
+LARGEST_LIST = 64 * 2**20  # bytes of quarantine.csv: 300,000 bad images
 COLUMNS = ("image", "file", "reason")
 T = TypeVar("T")
 
@@ -55,6 +59,7 @@ class Quarantine:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.images, self.max_fraction, self.path, self.say = images, max_fraction, path, say
+        self.changes = Changes(images, say)
         listed = self._read(path) if path is not None and path.exists() else {}
         self.bad = {index: reason for index, reason in self._decoded_again(listed, known or {}).items() if reason}
         self.bad |= {index: reason for index, reason in (known or {}).items() if index not in self.bad}
@@ -81,8 +86,9 @@ class Quarantine:
         self.bad[index] = reason
         if self.path is not None:
             new = not self.path.exists()
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([COLUMNS, self._row(index)] if new else [self._row(index)])
+            with Appended(self.path) as file:
+                for row in [COLUMNS, self._row(index)] if new else [self._row(index)]:
+                    file.write(row)
         self.say(f"set aside, cannot be decoded: {self.images.name(index)} ({reason})")
         self.check()
 
@@ -101,13 +107,14 @@ class Quarantine:
 
     def _read(self, path: Path) -> dict[int, str]:
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [(int(row["image"]), row["reason"]) for row in csv.DictReader(file) if row["image"]]
-        except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+            rows = [
+                (int(row["image"]), shown(row["reason"])) for row in csv_records(path, LARGEST_LIST) if row["image"]
+            ]
+        except (OSError, KeyError, ValueError) as error:
             raise UsageError(
-                f"{path} is damaged ({error}): repair it, or delete it to search for bad images again"
+                f"{path} is damaged ({one_line(error)}): repair it, or delete it to search for bad images again"
             ) from None
-        return {index: reason for index, reason in rows if index < len(self.images)}
+        return {index: reason for index, reason in rows if 0 <= index < len(self.images)}
 
     def _decoded_again(self, listed: Mapping[int, str], known: Mapping[int, str]) -> dict[int, str]:
         """Decode the listed images, except those known to be bad. Return for each why it is bad, or "" if it is not."""
@@ -131,10 +138,8 @@ class Quarantine:
         if not self.bad:
             self.path.unlink()
             return
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with written_whole(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *map(self._row, self.bad)])
-        partial.replace(self.path)
 
     def _row(self, index: int) -> tuple[object, ...]:
         return index, shown(self.images.name(index)), self.bad[index]

@@ -152,6 +152,7 @@ class ResidentImages:
         for index, image in enumerate(decoded):
             if isinstance(image, str):
                 quarantine.add(index, image)
+        quarantine.changes.look()
         empty = np.zeros((1, 1, 3), np.uint8)
         good = [empty if isinstance(image, str) else image for image in decoded]
         sizes = np.array([image.shape[1::-1] for image in good])

@@ -30,7 +30,7 @@ def training_batches(
     The arguments are those of `workers.training_batches`.
     """
     share = clock.batch_size // world_size
-    generator = torch.Generator().manual_seed(clock.seed + rank)
+    generator = torch.Generator().manual_seed((clock.seed + rank) % 2**63)
     pixels = torch.randint(0, 256, (2 * share, size, size, 3), dtype=torch.uint8, generator=generator)
     views = pixels.to(device).permute(0, 3, 1, 2)
     for step in steps:

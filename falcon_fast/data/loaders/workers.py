@@ -7,7 +7,6 @@ worker makes a batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from falcon_fast.data.loaders.batch import Batch, labels_of
 from falcon_fast.data.loaders.forking import started
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
-from falcon_fast.data.loaders.signals import leave_signals_to_the_trainer
+from falcon_fast.data.loaders.shared_memory import advice, handed_over, received
+from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
+from falcon_fast.data.sources.changes import changes_of
 from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.augmentation import Augmentation
@@ -27,6 +28,7 @@ from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
 from falcon_fast.errors import TemporaryError
+from falcon_fast.hardware.processors import usable_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,20 +37,22 @@ if TYPE_CHECKING:
 def auto_workers(augmentation: Augmentation) -> int:
     """Return the number of worker processes that suits this machine.
 
-    It is 0 if a batch is one tensor operation (affine maps), else one less than the number of cores, at least 1 and at most 16.
+    It is 0 if a batch is one tensor operation (affine maps), else one less than the number of processors that this process may
+    use (affinity and cgroup quota), at least 1 and at most 16.
     """
     if augmentation.affine is not None:
         return 0
-    return min(16, max(1, len(os.sched_getaffinity(0)) - 1))
+    return min(16, max(1, usable_threads() - 1))
 
 
 class _LoadedBatch(NamedTuple):
     """One batch as a worker process hands it over: decoded and cropped, on the host."""
 
-    views: torch.Tensor  # uint8 (2 B, S, S, 3)
+    views: torch.Tensor | np.ndarray  # uint8 (2 B, S, S, 3)
     parameters: PhotometricParameters
     indices: np.ndarray
     met: dict[int, str]  # bad images that others stand in for, number -> reason
+    changed: dict[int, str]  # images whose files have changed since the run began, number -> change
 
 
 # What a worker process makes of a step: a batch; or the bad images, if they are too many; or why the files could not be read.
@@ -77,7 +81,9 @@ class _StepBatches(Dataset[_Item]):
         if isinstance(share, dict):
             return share
         make = _cropped if self.clock.augmentation.crop is not None else _warped
-        return _LoadedBatch(make(share.images, plan, self.clock, self.size), plan.photometric, share.indices, share.met)
+        views = handed_over(make(share.images, plan, self.clock, self.size))
+        changed = changes_of(self.images, share.indices)
+        return _LoadedBatch(views, plan.photometric, share.indices, share.met, changed)
 
 
 def _cropped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
@@ -146,15 +152,24 @@ def training_batches(
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if count else None,
     )
-    for step, item in zip(steps, started(loader), strict=True):
+    with hold_signals():
+        batches = started(loader)
+    told = False
+    for step, item in zip(steps, batches, strict=True):
         if isinstance(item, TemporaryError):
             raise item
         for index, reason in (item if isinstance(item, dict) else item.met).items():
             quarantine.add(index, reason)
         assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
+        quarantine.changes.add(item.changed)
+        if isinstance(item.views, np.ndarray) and not told:
+            told = True
+            quarantine.say(
+                f"/dev/shm has too little room for a batch of {item.views.nbytes / 2**20:,.0f} MiB: {advice()}"
+            )
         yield Batch(
             step=step,
-            views=item.views.to(device, non_blocking=True).permute(0, 3, 1, 2),
+            views=received(item.views).to(device, non_blocking=True).permute(0, 3, 1, 2),
             parameters=to_tensors(item.parameters, device),
             labels=labels_of(split.labels, item.indices, device),
         )

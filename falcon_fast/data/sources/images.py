@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -60,11 +60,13 @@ class ImageFiles:
     Attributes:
         paths: the files.
         sizes: (width, height) of the upright images, as a scan of the headers found them; None without a scan.
+        stamps: int64 (n, 2), the bytes of each file and its time of change in nanoseconds at that scan (changes.py).
         max_pixels: largest width times height of an image (`data.max_pixels`).
     """
 
     paths: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...] | None = None
+    stamps: np.ndarray | None = field(default=None, compare=False, repr=False)
     max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:

@@ -130,8 +130,9 @@ def _facts(source: Source, root: Path) -> dict[str, Any]:
 
 
 def _relative(images: ImageFiles, root: Path) -> Iterator[str]:
+    """Yield the paths below `root`; those of a split elsewhere (`data.train`, `data.test`) as they are."""
     start = f"{root}{os.sep}"
-    return (file[len(start) :] if file.startswith(start) else os.path.relpath(file, root) for file in images.paths)
+    return (file[len(start) :] if file.startswith(start) else file for file in images.paths)
 
 
 def _lines(path: Path) -> Iterator[Any]:
@@ -157,13 +158,13 @@ def _read(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> tuple[dict[st
     try:
         facts = next(lines)
         for name, file, width, height, label in lines:
-            if Path(file).is_absolute() or ".." in Path(file).parts or not all(type(n) is int for n in (width, height)):
+            if ".." in Path(file).parts or not all(type(n) is int for n in (width, height)):
                 raise ValueError(f"a row names {shown(file)}")
             rows[name].append((str(root / file), (width, height), label))
         assert all(type(facts[key]) is kind for key, kind in (("fingerprint", str), ("classes", list), ("size", int)))
         splits = {
             name: Split(
-                ImageFiles(tuple(row[0] for row in each), tuple(row[1] for row in each), max_pixels),
+                ImageFiles(tuple(row[0] for row in each), tuple(row[1] for row in each), None, max_pixels),
                 np.array([row[2] for row in each], np.int64) if facts["classes"] else None,
             )
             for name, each in rows.items()

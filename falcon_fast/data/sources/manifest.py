@@ -19,7 +19,11 @@ from typing import NamedTuple
 
 from falcon_fast.data.sources.decoding import MAX_PIXELS, TOO_LARGE, Header, header, read_image
 from falcon_fast.data.sources.disk import NO_SUCH_FILE, BadImage, check_disk
+from falcon_fast.errors import UsageError
+from falcon_fast.files import Appended, writing, written_whole
+from falcon_fast.reading import csv_rows
 
+LARGEST_MANIFEST = 4 * 2**30  # bytes; ImageNet-21k's 14 million files take 1.3 GB
 COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "depth", "decoded", "reason")
 
 
@@ -37,8 +41,11 @@ class Entry(NamedTuple):
 
 
 def manifest_path(root: Path) -> Path:
-    """Return where the manifest of a folder is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Return where the manifest of a folder is kept. Raises UsageError if this user has no home directory, and names no other."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and no entry in the list of users, as in some containers
+        raise UsageError("this user has no home directory: set XDG_CACHE_HOME to a folder for the cache") from None
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     return cache / "falcon_fast" / "manifests" / f"{name}.csv"
 
@@ -47,29 +54,31 @@ def read_manifest(root: Path) -> dict[str, Entry]:
     """Return the manifest of a folder, by relative path, without damaged rows; empty if there is no manifest."""
     entries = {}
     try:
-        with manifest_path(root).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for row in csv.reader(file):
-                try:
-                    name, size, changed, width, height, orientation, depth, decoded, reason = row
-                    numbers = (int(size), int(changed), int(width), int(height), int(orientation))
-                    entries[name] = Entry(*numbers, depth, decoded == "1", reason)
-                except ValueError:  # the header row, or the last row of a verification that was killed
-                    continue
-    except (OSError, csv.Error):
+        for row in csv_rows(manifest_path(root), LARGEST_MANIFEST, any_bytes=True):
+            try:
+                name, size, changed, width, height, orientation, depth, decoded, reason = row
+                numbers = (int(size), int(changed), int(width), int(height), int(orientation))
+            except ValueError:  # the header row, or the last row of a verification that was killed
+                continue
+            if min(numbers) >= 0 and max(numbers) < 2**63 and 1 <= numbers[4] <= 8:
+                entries[name] = Entry(*numbers, depth, decoded == "1", reason)
+    except (OSError, ValueError):  # a UsageError (no home directory) is a ValueError
         return {}
     return entries
 
 
 def write_manifest(root: Path, entries: Mapping[str, Entry]) -> Path:
-    """Write the manifest in one atomic step and return its path. Raises OSError if the cache cannot be written."""
+    """Write the manifest in one atomic step and return its path. Raises WriteError if the cache cannot be written."""
     path = manifest_path(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(_row(name, entries[name]) for name in sorted(entries))
-    partial.replace(path)
     return path
 
 
@@ -134,7 +143,7 @@ def scan(
     here = {name for name in known if any((root / name).is_relative_to(place) for place in places)}
     differing = sum(known.get(name) != found.get(name) for name in here | found.keys())
     if differing:
-        with contextlib.suppress(OSError):  # the cache may be read-only now; the scan is valid all the same
+        with contextlib.suppress(OSError, UsageError):  # the cache may be read-only now; the scan is valid all the same
             write_manifest(root, {name: known[name] for name in known.keys() - here} | found)
     return entries, differing
 
@@ -158,7 +167,7 @@ def verify(
         max_pixels: largest width times height of an image.
 
     Raises:
-        OSError: the manifest cannot be written.
+        WriteError: the manifest cannot be written.
         TemporaryError: the disk cannot be read, or memory ran out. What was found before is kept.
     """
     known, entries, names = read_manifest(root), {}, list(map(str, paths))
@@ -173,17 +182,12 @@ def verify(
             check_disk(str(each), names)
         return each, entry
 
-    with (
-        path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ThreadPoolExecutor() as pool,
-    ):
-        writer = csv.writer(file)
+    with Appended(path) as file, ThreadPoolExecutor() as pool:
         for each, entry in pool.map(look, paths):
             name = str(each.relative_to(root))
             entries[name] = entry
             if known.get(name) != entry:
-                writer.writerow(_row(name, entry))
-                file.flush()
+                file.write(_row(name, entry))
             if entry.reason:
                 bad(each, entry.reason)
             done()

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+# 50,000 images with two labels and a name take 200,000, or 500,000 where Python 3 wrote the older protocol 2.
+MOST_INSTRUCTIONS = 10**6
+
 
 class _Name(Enum):
     """The functions and classes that a pickled array refers to."""
@@ -109,9 +112,14 @@ def _named(module: Any, name: Any) -> _Name:
 
 
 class _Machine:
-    """The stack and the memory of a pickle; a method for each kind of instruction."""
+    """The stack and the memory of a pickle; a method for each kind of instruction.
 
-    def __init__(self) -> None:
+    encodable: characters of text that may become bytes. Each text of a file becomes bytes once; without a limit, a few
+    instructions that encode one long text again and again would fill any memory.
+    """
+
+    def __init__(self, encodable: int) -> None:
+        self.encodable = encodable
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memory: dict[int, Any] = {}
@@ -137,7 +145,11 @@ class _Machine:
     def update(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict) or len(values) % 2:
             raise ValueError("an item for what is no dictionary")
-        self.stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        keys = values[::2]
+        # Other keys are not needed, and the hash of a tuple of tuples that hold each other twice takes a time of 2^depth.
+        if not all(isinstance(key, str | bytes | int) for key in keys):
+            raise ValueError("a key that is no text")
+        self.stack[-1].update(zip(keys, values[1::2], strict=True))
 
     def build(self) -> None:
         state = self.pop()
@@ -180,7 +192,11 @@ class _Machine:
         elif name == "STACK_GLOBAL":
             self.stack.append(_named(*self.last(2)))
         elif name == "REDUCE":
-            self.stack.append(_call(*self.last(2)))
+            made = _call(*self.last(2))
+            self.encodable -= len(made) if isinstance(made, bytes) else 0
+            if self.encodable < 0:
+                raise ValueError("more text than the file holds")
+            self.stack.append(made)
         elif name == "BUILD":
             self.build()
         elif name not in ("PROTO", "FRAME", "STOP"):
@@ -212,14 +228,16 @@ _CONSTANTS: dict[str, Callable[[Any], Any]] = {
 def read_pickled_arrays(data: bytes) -> dict[Any, Any]:
     """Return the dictionary that a pickle holds; its values are arrays, lists, bytes, text and numbers.
 
-    Text that Python 2 wrote comes as bytes. Memory: about twice the file's size.
+    Text that Python 2 wrote comes as bytes. Memory: about twice the file's size, and 0.2 KB for each instruction.
 
     Raises:
         ValueError: the file is no pickle, is damaged, or holds anything else. (Damage may show as an IndexError, KeyError or
             TypeError, too.)
     """
-    machine = _Machine()
-    for instruction, argument, _ in pickletools.genops(data):
+    machine = _Machine(len(data))
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+        if number >= MOST_INSTRUCTIONS:
+            raise ValueError(f"more than {MOST_INSTRUCTIONS:,} instructions")
         machine.step(instruction.name, argument)
     if len(machine.stack) != 1 or not isinstance(machine.stack[0], dict):
         raise ValueError("a pickle of something else than a dictionary")

@@ -10,11 +10,12 @@ import numpy as np
 from falcon_fast.data.sources.disk import BadImage
 from falcon_fast.data.sources.folders import open_folder
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, shown
+from falcon_fast.data.sources.layout.explicit import Chosen
 from falcon_fast.errors import UsageError
 
 
 def open_small_folders(
-    root: Path, name: str, classes: int, files: str
+    root: Path, name: str, classes: int, files: str, chosen: Chosen | None = None
 ) -> tuple[Split, Split, tuple[str, ...], tuple[str, ...]]:
     """Return both splits, decoded into memory, the class names, and the notes of the folder.
 
@@ -23,11 +24,12 @@ def open_small_folders(
         name: name of the data set, for messages.
         classes: number of class folders that it must have.
         files: the original files that would also be accepted, for messages.
+        chosen: the folders of the splits where the user names them.
 
     Raises:
         UsageError: this is no such folder, or an image is damaged or has another size.
     """
-    source = open_folder(root, 32)
+    source = open_folder(root, 32, chosen=chosen)
     if len(source.classes) != classes:
         count = {10: "ten", 100: "a hundred"}[classes]
         raise UsageError(

@@ -7,7 +7,6 @@ all shares are written. So a directory with a final name is a complete checkpoin
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -25,9 +24,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from falcon_fast.errors import TrainingError, UsageError
+from falcon_fast.errors import TrainingError, UsageError, WriteError
+from falcon_fast.files import synchronise, writing
 from falcon_fast.training.checkpoints.checkpoint import ALONE, FORMAT, PREFIX, complete
-from falcon_fast.training.checkpoints.storage import Writer
+from falcon_fast.training.checkpoints.integrity import sealed
+from falcon_fast.training.checkpoints.storage import INDEX, Writer
 from falcon_fast.training.distributed.processes import Processes
 
 SHARED_WITHIN = 60.0  # seconds: NFS may show a new file of another machine that late (acdirmax)
@@ -102,14 +103,15 @@ class Saver:
         """Write checkpoint `step`, after the one before it is written. The tensors may change as soon as this returns.
 
         Raises:
-            TrainingError: this checkpoint, or the one before it, cannot be written. No half-written checkpoint stays.
+            WriteError: this checkpoint, or the one before it, cannot be written. No half-written checkpoint stays.
+            TrainingError: it cannot be written for another reason.
         """
         self.wait()
         final = self._directory / f"{PREFIX}{step:08d}"
         temporary = self._partial(final)
-        text = json.dumps({"format": FORMAT, "step": step, **facts}, indent=1)
+        whole = {"format": FORMAT, "step": step, **facts}
         options: dict[str, Any] = {
-            "storage_writer": Writer(temporary, lambda: self._publish(temporary, final, text)),
+            "storage_writer": Writer(temporary, lambda: self._publish(temporary, final, whole)),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
@@ -131,17 +133,19 @@ class Saver:
     def _partial(self, final: Path) -> Path:
         return final.with_name(f".{final.name}.{self._token}.partial")
 
-    def _publish(self, temporary: Path, final: Path, text: str) -> None:
+    def _publish(self, temporary: Path, final: Path, facts: Mapping[str, Any]) -> None:
         """Complete a checkpoint, in process 0 when all shares are written: write run.json, rename, and remove the oldest ones."""
-        with (temporary / "run.json").open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            self._remove(final)
-        temporary.rename(final)
+        path = temporary / "run.json"
+        with writing(path):
+            path.write_text(sealed(facts, temporary / INDEX), encoding="utf-8")
+            synchronise(path)
+        with writing(final):
+            if final.exists():
+                self._remove(final)
+            temporary.rename(final)
         for old in complete(self._directory)[: -self._keep]:
-            self._remove(old)
+            with suppress(OSError):  # this one is complete; the next save tries again
+                self._remove(old)
 
     def _remove(self, path: Path) -> None:
         """Remove a checkpoint, under another name, so that a process killed meanwhile leaves nothing that looks like one."""
@@ -158,7 +162,8 @@ class Saver:
             who = f"process {rank}: " if self._group is not None else ""
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             line = f"checkpoint {final} was not written ({who}{reason})"
-            raise TrainingError(line, everywhere=self._group is not None) from None
+            kind = WriteError if isinstance(cause, OSError) else TrainingError
+            raise kind(line, everywhere=self._group is not None) from None
         finally:  # after a success the directory has its final name
             if self._processes.main:
                 shutil.rmtree(self._partial(final), ignore_errors=True)

@@ -6,7 +6,8 @@ is a pickle, and its safetensors storage does not notice that one process's file
 files. Here a checkpoint directory holds
 
     shard-00000.safetensors    the parts that process 0 wrote, one file for each process that wrote any
-    index.json                 for each tensor its dtype, its shape, and in which file each part of it lies
+    index.json                 for each tensor its dtype, its shape, and in which file each part of it lies; for each file its
+                               length and its checksum
 
 A part has its tensor's name as its key, followed by its offsets ("name[3,0]") where it is not the whole tensor. No unpickler can
 be reached from here, no matter what the files contain: `Reader` shares no code with DCP's readers, and `TensorPlanner` refuses
@@ -16,6 +17,7 @@ the one kind of entry that DCP would unpickle.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -40,6 +42,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from falcon_fast.files import synchronise, writing
+from falcon_fast.reading import open_regular, read_json
+from falcon_fast.training.checkpoints.integrity import checksum
+
 INDEX = "index.json"
 SHARD = "shard-{:05d}.safetensors"
 SHARD_NAME = re.compile(r"shard-\d{5}\.safetensors")
@@ -58,7 +64,9 @@ DTYPES = {
         torch.bool,
     )
 }
-LARGEST_JSON = 64 * 2**20  # bytes; a ResNet-50's index has 0.1 MB
+LARGEST_INDEX = 32 * 2**20  # bytes; a ResNet-50's index has 0.1 MB, or 28 MB if 512 processes shard it
+LARGEST_HEADER = 16 * 2**20  # bytes; a shard's header has 0.1 KB for each part that the process wrote
+MOST_DIMENSIONS = 8  # of a tensor; a convolution's weight has 4
 
 
 class Part(NamedTuple):
@@ -69,14 +77,12 @@ class Part(NamedTuple):
     dtype: torch.dtype
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file of at most `LARGEST_JSON` bytes. Raises ValueError or OSError with one line."""
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path.name} has {size:,} bytes, more than any checkpoint needs")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path.name} is nested too deeply") from None
+class Written(NamedTuple):
+    """A part that was written, with the length in bytes and the checksum of its file."""
+
+    part: Part
+    size: int
+    crc32: str
 
 
 class Writer(StorageWriter):
@@ -95,7 +101,10 @@ class Writer(StorageWriter):
         pass
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        self._temporary.mkdir(parents=True, exist_ok=True)
+        with writing(
+            self._temporary
+        ):  # no parents: where the run directory is gone, a checkpoint alone would be of no use
+            self._temporary.mkdir(exist_ok=True)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -111,7 +120,7 @@ class Writer(StorageWriter):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         name = str(plan.storage_data)
         tensors: dict[str, torch.Tensor] = {}
-        written: list[WriteResult] = []
+        written: list[tuple[MetadataIndex, int, Part]] = []
         memory: set[int] = set()
         for item in plan.items:
             tensor = planner.resolve_data(item)
@@ -123,17 +132,22 @@ class Writer(StorageWriter):
             memory.add(tensor.data_ptr())
             key = _key(item)
             tensors[key] = tensor
-            written.append(WriteResult(item.index, tensor.nbytes, Part(name, key, tensor.dtype)))
+            written.append((item.index, tensor.nbytes, Part(name, key, tensor.dtype)))
+        size, crc32 = 0, ""
         if tensors:
             path = self._temporary / name
-            save_file(tensors, path)
-            _synchronise(path)
+            with writing(path, sum(tensor.nbytes for tensor in tensors.values())):
+                save_file(tensors, path)
+                size, crc32 = path.stat().st_size, checksum(path)  # read back from the page cache
+                synchronise(path)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(written)
+        future.set_result([WriteResult(index, count, Written(part, size, crc32)) for index, count, part in written])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        parts = {written.index: written.storage_data for share in results for written in share}
+        found = {result.index: result.storage_data for share in results for result in share}
+        parts = {index: written.part for index, written in found.items()}
+        files = {written.part.file: {"bytes": written.size, "crc32": written.crc32} for written in found.values()}
         index: dict[str, Any] = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)  # write_data refused everything else
@@ -150,9 +164,10 @@ class Writer(StorageWriter):
                     for chunk in entry.chunks
                 ],
             }
-        path = self._temporary / INDEX
-        path.write_text(json.dumps({"tensors": index}), encoding="utf-8")
-        _synchronise(path)
+        path, text = self._temporary / INDEX, json.dumps({"files": files, "tensors": index})
+        with writing(path, len(text)):
+            path.write_text(text, encoding="utf-8")
+            synchronise(path)
         self._publish()
 
     @classmethod
@@ -169,12 +184,6 @@ def _key(item: WriteItem) -> str:
     if chunk.sizes == item.tensor_data.size:
         return item.index.fqn
     return f"{item.index.fqn}[{','.join(map(str, chunk.offsets))}]"
-
-
-def _synchronise(path: Path) -> None:
-    """Wait until a file is on the disk: its directory is renamed into place afterwards."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 class Reader(StorageReader):
@@ -196,7 +205,7 @@ class Reader(StorageReader):
         pass
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        index = read_json(self._path / INDEX)
+        index = read_json(self._path / INDEX, LARGEST_INDEX)
         if not isinstance(index, dict) or not isinstance(index.get("tensors"), dict):
             raise ValueError(f"{INDEX} lists no tensors")
         entries: dict[str, TensorStorageMetadata] = {}
@@ -206,22 +215,19 @@ class Reader(StorageReader):
             try:
                 dtype, shape, parts = DTYPES[said["dtype"]], _size(said["shape"]), said["parts"]
                 chunks = [ChunkStorageMetadata(_size(part["offsets"]), _size(part["shape"])) for part in parts]
-                places = [Part(str(part["file"]), str(part["key"]), dtype) for part in parts]
+                places = [Part(_text(part["file"]), _text(part["key"]), dtype) for part in parts]
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{INDEX}: entry {name!r} is not that of a tensor ({error})") from None
-            if not all(_inside(chunk, shape) for chunk in chunks) or sum(
-                math.prod(chunk.sizes) for chunk in chunks
-            ) != math.prod(shape):
-                raise ValueError(f"{INDEX}: the parts of {name!r} do not make up a tensor of shape {tuple(shape)}")
+                raise ValueError(f"{INDEX}: entry {name[:80]!r} is not that of a tensor ({str(error)[:80]})") from None
+            if not _whole(chunks, shape):
+                raise ValueError(f"{INDEX}: the parts of {name[:80]!r} do not make up a tensor of shape {tuple(shape)}")
             for chunk, place in zip(chunks, places, strict=True):
                 if not SHARD_NAME.fullmatch(place.file):
-                    raise ValueError(f"{INDEX}: {place.file!r} is not the name of a file of tensors")
+                    raise ValueError(f"{INDEX}: {place.file[:80]!r} is not the name of a file of tensors")
                 needed[place.file] = needed.get(place.file, 0) + math.prod(chunk.sizes) * dtype.itemsize
                 self._parts[MetadataIndex(name, chunk.offsets)] = place
             entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
         for file, size in needed.items():
-            if (found := (self._path / file).stat().st_size) < size:
-                raise ValueError(f"{file} has {found:,} bytes where its tensors take {size:,}")
+            _check_shard(self._path / file, size)
         return Metadata(dict(entries), storage_data=None, storage_meta=StorageMeta())
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *arguments: Any, **options: Any) -> None:
@@ -262,16 +268,54 @@ class Reader(StorageReader):
         return True
 
 
+def _check_shard(path: Path, needed: int) -> None:
+    """Raise ValueError or OSError if a shard cannot hold tensors of `needed` bytes, or has a header that is too long.
+
+    safetensors itself checks the header's contents: the tensors lie in the file one after the other, without gap or overlap.
+    """
+    with open_regular(path, sys.maxsize) as file:
+        size, start = os.fstat(file.fileno()).st_size, file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
+        raise ValueError(f"{path.name} has no header of safetensors")
+    if size - 8 - length < needed:
+        raise ValueError(f"{path.name} has {size:,} bytes where its tensors take {needed:,}")
+
+
 def _size(numbers: Any) -> torch.Size:
-    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-        raise ValueError(f"{str(numbers)[:60]} is not a shape")
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) > MOST_DIMENSIONS
+        or not all(type(n) is int and 0 <= n < 2**62 for n in numbers)
+    ):
+        raise ValueError("no shape")
     return torch.Size(numbers)
 
 
-def _inside(chunk: ChunkStorageMetadata, shape: torch.Size) -> bool:
-    return len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
-        offset + size <= whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True)
-    )
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise ValueError("no name")
+    return found
+
+
+def _whole(chunks: list[ChunkStorageMetadata], shape: torch.Size) -> bool:
+    """Check whether the parts are the tensor, or cut it along one dimension without gap or overlap, as FSDP does.
+
+    A gap would leave a network's initial weights in place, silently.
+    """
+    if any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks):
+        return False
+    chunks = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    if not chunks:
+        return not math.prod(shape)
+    cut = [i for i, whole in enumerate(shape) if any(chunk.sizes[i] != whole for chunk in chunks)]
+    if len(cut) > 1 or any(chunk.offsets[i] for chunk in chunks for i in range(len(shape)) if i not in cut):
+        return False
+    if not cut:
+        return len(chunks) == 1
+    spans = sorted((chunk.offsets[cut[0]], chunk.sizes[cut[0]]) for chunk in chunks)
+    ends = itertools.accumulate((size for _, size in spans), initial=0)
+    return [start for start, _ in spans] + [shape[cut[0]]] == list(ends)
 
 
 class TensorPlanner(DefaultLoadPlanner):

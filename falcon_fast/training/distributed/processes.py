@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from falcon_fast.errors import FinalError, SystemFault, UsageError
+from falcon_fast.errors import FinalError, RunStopped, SystemFault, UsageError
+from falcon_fast.training.distributed import signals
 
 T = TypeVar("T")
 
@@ -53,12 +54,18 @@ class Processes:
         return self.rank == 0
 
     def everyone(self, value: T) -> list[T]:
-        """Return the values of all processes, in the order of their ranks."""
+        """Return the values of all processes, in the order of their ranks.
+
+        Raises:
+            RunStopped: in all processes, where a signal came to any of them before training.
+        """
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        dist.all_gather_object(values, (value, signals.stop_pending()), group=self.control)
+        if any(stop for _, stop in values):
+            raise RunStopped(everywhere=True)
+        return [each for each, _ in values]
 
     def from_main(self, value: T) -> T:
         """Return process 0's value."""
@@ -113,9 +120,10 @@ class Processes:
         return value
 
     def close(self) -> None:
-        """Leave the process group: from here on each process works alone."""
+        """Leave the process group: from here on each process works alone, and a signal ends it at once."""
         if self.group is not None:
             dist.destroy_process_group()
+        signals.stop_together(False)
 
 
 def _kind(error: Exception) -> type[FinalError]:
@@ -194,6 +202,7 @@ def join(strategy: str, device: str, batch_size: int, timeout: int, command: str
             f"process {rank} of {world_size} cannot reach the others: {first_line(error)}; check MASTER_ADDR, MASTER_PORT and "
             "the network between the machines"
         ) from None
+    signals.stop_together(True)
     world = dist.group.WORLD
     assert world is not None and isinstance(control, dist.ProcessGroup)
     return Processes(rank, world_size, local_rank, world, control, timeout, strategy)

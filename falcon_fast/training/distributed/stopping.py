@@ -20,7 +20,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from falcon_fast.errors import FinalError, TrainingError
+from falcon_fast.errors import FinalError, RunStopped, TrainingError
+from falcon_fast.training.distributed import signals
 from falcon_fast.training.distributed.processes import Processes, first_line, launched
 
 
@@ -100,6 +101,8 @@ def lost_peers(processes: Processes, kept: Callable[[], str]) -> Iterator[None]:
         text = str(error)
         if processes.group is None or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
             raise
+        if signals.stop_pending():  # before training, and the other process was stopped, too
+            raise RunStopped from None
         raise TrainingError(
             f"process {processes.rank} lost another process ({first_line(error)[:200]}): training stopped; {kept()}"
         ) from None

@@ -51,8 +51,8 @@ class ColumnState:
     def __init__(self, c: int, strip: int, grouped: bool, device: torch.device) -> None:
         padded_c = ceil_div(c, TILE) * TILE
         self.strip, self.strips = strip, ceil_div(c, strip)
-        self.log_pbar = torch.empty(2, padded_c, device=device)
-        self.prior = torch.empty(2, self.strips, device=device)
+        self.log_pbar = torch.empty(2, padded_c, dtype=torch.float32, device=device)
+        self.prior = torch.empty(2, self.strips, dtype=torch.float32, device=device)
         self.used = torch.empty(padded_c if grouped else self.strips, dtype=torch.int32, device=device)
 
     def reduce_log_pbar(self, group: dist.ProcessGroup, first: int, count: int) -> None:

@@ -30,7 +30,7 @@ class Readings(NamedTuple):
 
     @staticmethod
     def empty(device: torch.device) -> Readings:
-        loss, prior, invariance = (torch.empty((), device=device) for _ in range(3))
+        loss, prior, invariance = (torch.empty((), dtype=torch.float32, device=device) for _ in range(3))
         return Readings(loss, prior, invariance, torch.empty((), dtype=torch.int64, device=device))
 
 

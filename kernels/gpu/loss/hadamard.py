@@ -262,7 +262,7 @@ def hadamard_loss(
 
     rows = RowState.empty(n, device)
     statistics = TileStatistics(n, plan.splits, device)
-    maxima = torch.empty(2, plan.splits, n, device=device)
+    maxima = torch.empty(2, plan.splits, n, dtype=torch.float32, device=device)
     per_split = -(-blocks // plan.splits)
     launch(
         rows_kernel,
@@ -287,7 +287,7 @@ def hadamard_loss(
     merge_rows(maxima, statistics, rows, fresh=True)
 
     state = ColumnState(c, plan.width * plan.a, group is not None, device)
-    partial = torch.empty(state.strips, 2, n, device=device)
+    partial = torch.empty(state.strips, 2, n, dtype=torch.float32, device=device)
 
     def columns(sums: bool, terms: bool) -> None:
         launch(
@@ -325,7 +325,7 @@ def hadamard_loss(
         columns(sums=True, terms=False)
         state.reduce_log_pbar(group, 0, c)
         columns(sums=False, terms=True)
-    quantum, readings = torch.empty(2, 2, n, device=device), Readings.empty(device)
+    quantum, readings = torch.empty(2, 2, n, dtype=torch.float32, device=device), Readings.empty(device)
     finish(
         partial,
         rows,
@@ -345,7 +345,7 @@ def hadamard_loss(
     if not spec.with_gradient:
         return readings, None
 
-    parts = torch.empty(plan.gradient_splits, 2 * n, f, device=device)
+    parts = torch.empty(plan.gradient_splits, 2 * n, f, dtype=torch.float32, device=device)
     launch(
         gradient_kernel,
         (ceil_div(n, plan.gradient_rows), plan.gradient_splits),

@@ -125,7 +125,7 @@ class TileStatistics:
     """Per view, tile of a range of codes and row: sum, cross sum and argmax, (2, tiles, N) each."""
 
     def __init__(self, n: int, tiles: int, device: torch.device) -> None:
-        self.sum, self.cross = (torch.empty(2, tiles, n, device=device) for _ in range(2))
+        self.sum, self.cross = (torch.empty(2, tiles, n, dtype=torch.float32, device=device) for _ in range(2))
         self.argmax = torch.empty(2, tiles, n, dtype=torch.int32, device=device)
 
 

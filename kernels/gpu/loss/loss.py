@@ -60,7 +60,7 @@ class _Ranges:
             codes = ceil_to(min(EXPANDED_CODES, plan.width), plan.logits.codes)
             self.expanded = torch.empty(codes, padded_f, dtype=torch.float16, device=self.device)
         self.d = torch.empty(2 * self.n * plan.width, dtype=torch.float16, device=self.device)
-        self.maxima = torch.empty(2 * self.n * (plan.width // TILE), device=self.device)
+        self.maxima = torch.empty(2 * self.n * (plan.width // TILE), dtype=torch.float32, device=self.device)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield the first code and the number of codes of each range."""
@@ -112,10 +112,10 @@ def dense_loss(
         del statistics
 
     state = ColumnState(c, plan.strip, group is not None, device)
-    quantum, readings = torch.empty(2, 2, n, device=device), Readings.empty(device)
+    quantum, readings = torch.empty(2, 2, n, dtype=torch.float32, device=device), Readings.empty(device)
     for first, count in ranges:
         d, maxima = ranges.again(first, count)
-        partial = torch.empty(-(-count // plan.strip), 2, n, device=device)
+        partial = torch.empty(-(-count // plan.strip), 2, n, dtype=torch.float32, device=device)
         if group is None:
             columns(d, maxima, rows, state, partial, first, count, scales, sums=True, terms=True)
         else:
@@ -142,7 +142,7 @@ def dense_loss(
     if not spec.with_gradient:
         return readings, None
 
-    parts = torch.empty(plan.splits, 2 * n, f, device=device)
+    parts = torch.empty(plan.splits, 2 * n, f, dtype=torch.float32, device=device)
     for first, count in ranges:
         d, maxima = ranges.again(first, count)
         dz_in_place(d, maxima, rows, quantum, state, first, count, scales)

@@ -22,7 +22,11 @@ __all__ = ["triton_loss"]
 def loss_op(h1: torch.Tensor, h2: torch.Tensor, words: torch.Tensor, *settings: Any) -> tuple[torch.Tensor, ...]:
     readings, gradient = falcon_loss_parts(h1, h2, words, LossSpec.of_flat(settings))
     if gradient is None:
-        return *readings, torch.empty(0, device=h1.device), torch.empty(0, device=h1.device)
+        return (
+            *readings,
+            torch.empty(0, dtype=torch.float32, device=h1.device),
+            torch.empty(0, dtype=torch.float32, device=h1.device),
+        )
     return *readings, *gradient
 
 

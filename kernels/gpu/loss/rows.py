@@ -33,7 +33,7 @@ class RowState(NamedTuple):
 
     @staticmethod
     def empty(n: int, device: torch.device) -> RowState:
-        maximum, total, cross, a = (torch.empty(2, n, device=device) for _ in range(4))
+        maximum, total, cross, a = (torch.empty(2, n, dtype=torch.float32, device=device) for _ in range(4))
         return RowState(maximum, total, cross, torch.empty(2, n, dtype=torch.int32, device=device), a)
 
 

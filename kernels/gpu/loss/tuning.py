@@ -48,7 +48,7 @@ def milliseconds(
     h, scale, _ = cast_embeddings(h1, h2, 1.0, *padded, paired=True)
     count = ceil_to(c, TILE) // TILE
     d = torch.empty(2, n, count * TILE, dtype=torch.float16, device=h.device)
-    maxima = torch.empty(2, count, n, device=h.device)
+    maxima = torch.empty(2, count, n, dtype=torch.float32, device=h.device)
     found = TileStatistics(n, count, h.device)
     codes = ceil_to(min(EXPANDED_CODES, count * TILE), tiles.codes) if tiles.expanded else 0
     expanded = torch.empty(codes, padded[1], dtype=torch.float16, device=h.device)

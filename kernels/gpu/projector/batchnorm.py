@@ -219,8 +219,8 @@ def batch_statistics(
     n = rows // views
     splits, split_rows = row_splits(n, f, views, device_facts(x.device).processors)
     at_once = group is None and (n <= MOST_ROWS_AT_ONCE or splits == 1)
-    out = torch.empty(4, views, f, device=x.device)
-    parts = out if at_once else torch.empty(splits, views, 4, f, device=x.device)
+    out = torch.empty(4, views, f, dtype=torch.float32, device=x.device)
+    parts = out if at_once else torch.empty(splits, views, 4, f, dtype=torch.float32, device=x.device)
     if averages is None:
         tensors = (bias, x, x, x)
     else:
@@ -269,9 +269,9 @@ def batch_statistics(
     if group is not None:
         mine = parts
         if splits > 1:
-            mine = torch.empty(1, views, 4, f, device=x.device)
+            mine = torch.empty(1, views, 4, f, dtype=torch.float32, device=x.device)
             merge(parts, mine, noting)
-        parts = torch.empty(dist.get_world_size(group), views, 4, f, device=x.device)
+        parts = torch.empty(dist.get_world_size(group), views, 4, f, dtype=torch.float32, device=x.device)
         dist.all_gather(
             list(parts), mine[0], group=group
         )  # into views: the only gather that Gloo has in every torch version
@@ -292,7 +292,7 @@ def running_statistics_kernel(p_mean, p_variance, p_bias, p_out, f, eps, COLUMNS
 def running_statistics(mean: torch.Tensor, variance: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """Return the running averages in the form of `batch_statistics` (one view); 1 / n is 0, since no row changes them."""
     f = mean.shape[0]
-    out = torch.empty(4, 1, f, device=mean.device)
+    out = torch.empty(4, 1, f, dtype=torch.float32, device=mean.device)
     launch(
         running_statistics_kernel,
         (ceil_div(f, MERGED_COLUMNS),),

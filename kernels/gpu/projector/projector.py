@@ -154,7 +154,7 @@ def normalise(
     views = statistics.shape[1]
     n = rows // views
     h = torch.empty(rows, f, dtype=dtype, device=x.device)
-    length = torch.empty(0 if row_norm is None else rows, device=x.device)
+    length = torch.empty(0 if row_norm is None else rows, dtype=torch.float32, device=x.device)
     if row_norm is None:
         launch(
             tanh_kernel,
@@ -386,7 +386,7 @@ def gradients(
     l2 = row_norm is not None
     pull = length
     if row_norm is not None:
-        pull = torch.empty(2, rows, device=x.device)
+        pull = torch.empty(2, rows, dtype=torch.float32, device=x.device)
         launch(
             pull_kernel,
             (ceil_div(n, LINES), views),
@@ -407,7 +407,7 @@ def gradients(
             num_warps=4,
         )
     splits, split_rows = row_splits(n, f, views, device_facts(x.device).processors)
-    sums = torch.empty(splits, views, 2, f, device=x.device)
+    sums = torch.empty(splits, views, 2, f, dtype=torch.float32, device=x.device)
     launch(
         gradient_sums_kernel,
         (ceil_div(f, SPLIT_COLUMNS), views, splits),
@@ -436,7 +436,7 @@ def gradients(
         torch.float32 if INTERPRETING and dtype == torch.bfloat16 else dtype
     )  # the interpreter stores bfloat16 wrongly
     dx = torch.empty(rows, f, dtype=as_stored, device=x.device)
-    dgamma, dbeta, dbias = (torch.empty(f, device=x.device) for _ in range(3))
+    dgamma, dbeta, dbias = (torch.empty(f, dtype=torch.float32, device=x.device) for _ in range(3))
     launch(
         input_gradient_kernel,
         (ceil_div(n, STEPS * STEP_ROWS), ceil_div(f, STEP_COLUMNS), views),

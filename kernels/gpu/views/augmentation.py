@@ -345,8 +345,10 @@ def augment_views_triton(
     reach = math.ceil(3 * recipe.max_sigma)
     radius_w, radius_h = min(reach, width - 1), min(reach, height - 1)
     # Empty if they are not used: the kernels take the pointers anyway.
-    sums = torch.empty(n if recipe.operations[1] and not whole else 0, blocks, device=images.device)
-    planes = torch.empty(n if blur else 0, 3, pixels, device=images.device)
+    sums = torch.empty(
+        n if recipe.operations[1] and not whole else 0, blocks, dtype=torch.float32, device=images.device
+    )
+    planes = torch.empty(n if blur else 0, 3, pixels, dtype=torch.float32, device=images.device)
     gray, solarize = gray.view(torch.uint8), solarize.view(torch.uint8)
     if len(sums):
         launch(

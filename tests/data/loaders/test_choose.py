@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, augmentation
 from falcon_fast.errors import UsageError
 
+from ..dali import INSTALLED, needs_dali
 from ..images import CPU
 
 CROPS = AUGMENTATIONS["imagenet-asymmetric"]
@@ -35,6 +37,7 @@ def chosen(source: Source, device: torch.device = CPU, recipe: str = "imagenet-a
     return name
 
 
+@needs_dali
 @pytest.mark.parametrize("extension", [True, False])
 def test_auto_takes_the_fastest_that_works(
     photos: Source, digits: Source, image_folder: Path, monkeypatch: pytest.MonkeyPatch, extension: bool
@@ -53,6 +56,7 @@ def test_auto_takes_the_fastest_that_works(
     assert chosen(large, resident_mib=0) == "workers" and chosen(large, CUDA) == "resident"
 
 
+@needs_dali
 def test_a_name_is_kept(photos: Source, digits: Source) -> None:
     for name in ("dali", "resident", "workers", "synthetic"):
         assert chosen(photos, loader=name) == name
@@ -79,8 +83,11 @@ def test_a_dali_that_cannot_start_is_said_and_replaced(photos: Source, monkeypat
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     name, (note,) = choose_loader(config, photos, CROPS, CPU)
     assert name == "workers" and "DALI cannot start (" in note and "\n" not in note
-    assert "pip install nvidia-dali-cuda130" in note
+    assert re.search("pip install nvidia-dali-cuda1[23]0", note)
+    for built_for, package in (("12.6", "cuda120"), ("13.0", "cuda130"), (None, "cuda130")):
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        assert (dali_pipeline.why_not(CPU) or "").endswith(f": pip install nvidia-dali-{package}")
     with pytest.raises(UsageError, match=r"DALI cannot start: .*; use --loader workers"):
         choose_loader(DataConfig(loader="dali"), photos, CROPS, CPU)
     monkeypatch.undo()
-    assert dali_pipeline.why_not(CPU) is None
+    assert (dali_pipeline.why_not(CPU) is None) is INSTALLED

@@ -23,7 +23,7 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dali_pipeline.why_not(CPU) is None
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = dali_pipeline.why_not(CPU)
-    assert reason is not None and "\n" not in reason and reason.endswith("pip install nvidia-dali-cuda130")
+    assert reason is not None and "\n" not in reason and "pip install nvidia-dali-cuda1" in reason
 
 
 def test_regions_of_mirrored_views_have_left_and_right_exchanged() -> None:

@@ -18,6 +18,7 @@ from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import TemporaryError, UsageError
 from falcon_fast.training.run import prepare
 
+from ...fuzz import COUNTS, MIB, fuzz
 from ..images import smooth
 
 IMAGES = ImageArray(np.zeros((200, 2, 2, 3), np.uint8))
@@ -128,6 +129,53 @@ def test_a_damaged_list_is_named(tmp_path: Path) -> None:
     path.write_text("image,file,reason\nseven,x,y\n")
     with pytest.raises(UsageError, match=r"quarantine\.csv is damaged"):
         Quarantine(IMAGES, 0.01, path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"image,file,reason\n" + b"9" * 5000 + b",x,y\n",
+        b"image,file,reason\n\xff,x,y\n",
+        b'image,file,reason\n1,"' + b"x" * 200_000 + b'",y\n',
+        b"image,file,reason\n" + b'"\n",' * 100_000,
+        b"name,file,reason\n1,x,y\n",
+    ],
+    ids=["a long number", "not UTF-8", "a long cell", "a row without end", "another header"],
+)
+def test_a_hostile_list_is_one_line(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "quarantine.csv").write_bytes(text)
+    with pytest.raises(UsageError, match=r"quarantine\.csv is damaged") as caught:
+        Quarantine(IMAGES, 0.5, tmp_path / "quarantine.csv")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_numbers_beyond_the_images_are_ignored_and_reasons_stay_on_a_line(tmp_path: Path) -> None:
+    (tmp_path / "quarantine.csv").write_text('image,file,reason\n-1,x,y\n200,x,y\n7,x,"two\nlines \x1b[31m"\n8,cut\n')
+    assert Quarantine(IMAGES, 0.5, tmp_path / "quarantine.csv").bad == {7: repr("two\nlines \x1b[31m")}
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """The run directory of a stranger may hold a link to any file of the user."""
+    (tmp_path / "precious").write_text("image,file,reason\n")
+    (tmp_path / "quarantine.csv").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"quarantine\.csv"):
+        Quarantine(IMAGES, 0.5, tmp_path / "quarantine.csv").add(3, "broken")
+    assert (tmp_path / "precious").read_text() == "image,file,reason\n"
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_mutations_are_read_or_refused_in_one_line(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "quarantine.csv"
+    quarantine = Quarantine(IMAGES, 0.5, path)
+    for index in range(20):
+        quarantine.add(index, f"broken at byte {index * 1000}, it says")
+
+    def read() -> None:
+        bad = Quarantine(IMAGES, 1.0, path).bad
+        assert all(0 <= index < 200 and reason.isprintable() for index, reason in bad.items())
+
+    outcome = fuzz(read, [path], count, name="quarantine.csv", memory=16 * MIB)
+    assert outcome.refused > count // 10 and outcome.accepted > count // 10
 
 
 def test_a_share_stops_when_all_is_bad() -> None:

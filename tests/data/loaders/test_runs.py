@@ -20,6 +20,7 @@ from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.checkpoints.restore import LATER_FACTS, restore
 from falcon_fast.training.run import Run, prepare
 
+from ..dali import DALI
 from ..images import damage, smooth
 
 TINY = {
@@ -49,7 +50,7 @@ def losses(directory: Path) -> list[str]:
         return [row["loss"] for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("name", ["dali", "resident", "workers"])
+@pytest.mark.parametrize("name", [DALI, "resident", "workers"])
 def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_path: Path) -> None:
     victim = Path(open_source(DataConfig(path=str(folder))).train.images.name(0))
     healthy = victim.read_bytes()

@@ -14,9 +14,9 @@ from falcon_fast.data.sources.opening import open_source
 from falcon_fast.errors import UsageError
 
 
-def folder(path: Path | str, size: int = 0) -> Source:
+def folder(path: Path | str, size: int = 0, train: str = "", test: str = "") -> Source:
     """Open a folder of images."""
-    return open_source(DataConfig(source="folder", path=str(path), size=size))
+    return open_source(DataConfig(source="folder", path=str(path), size=size, train=train, test=test))
 
 
 def opened(kind: str, path: Path) -> Source:

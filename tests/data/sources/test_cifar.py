@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 from falcon_fast.config import DataConfig
+from falcon_fast.data.sources import cifar as cifar_module
 from falcon_fast.data.sources.cifar import CIFAR10_CLASSES
 from falcon_fast.data.sources.images import Source, Split
 from falcon_fast.data.sources.opening import open_source
 
+from ...fuzz import COUNTS, MIB, fuzz
 from .opened import drawn, opened, pixels, refusal, refused, save, write_class_folders
 
 
@@ -234,7 +236,7 @@ def test_what_a_cifar10_folder_leaves_out_is_said(
     batches: dict[str, tuple[np.ndarray, np.ndarray]], tmp_path: Path
 ) -> None:
     root = write_folders(tmp_path / "c", batches)
-    assert cifar(root).notes == ()
+    assert len(cifar(root).notes) == 1 and "left out" not in cifar(root).notes[0]
     (root / "train" / "cat" / "broken.png").write_bytes(b"no")
     assert any("broken.png" in note for note in cifar(root).notes)
     assert any("held out" in note for note in cifar(root / "train").notes)
@@ -320,3 +322,64 @@ def test_what_is_not_cifar100_is_named(tmp_path: Path, image_folder: Path) -> No
     with (root / "cifar-100-binary" / "test.bin").open("ab") as file:
         file.write(b"x")
     assert "test.bin is not a readable CIFAR-100 batch" in refused("cifar100", root)
+
+
+def cifar100(path: Path) -> Source:
+    return open_source(DataConfig(source="cifar100", path=str(path)))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("form", ["binary", "python", "python3"])
+def test_mutations_are_read_or_refused_in_one_line(
+    form: str, batches: dict[str, tuple[np.ndarray, np.ndarray]], tmp_path: Path, count: int
+) -> None:
+    if form == "binary":
+        root = write_binary(tmp_path / "data", batches)
+    else:
+        root = write_python(tmp_path / "data", batches, original=form == "python")
+    outcome = fuzz(lambda: cifar(root), sorted(root.iterdir()), count, name=f"cifar10, {form}", memory=32 * MIB)
+    assert outcome.refused > count // 8 and outcome.accepted > count // 16
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("form", ["meta", "fine_label_names.txt"])
+def test_mutated_names_of_classes_are_names_or_numbers(tmp_path: Path, form: str, count: int) -> None:
+    """The names are for display: a file that holds none is no error, and what is shown is printable."""
+    root, names = tmp_path / "data", [f"class-{i}" for i in range(100)]
+    root.mkdir()
+    for name in ("train", "test"):
+        batch = {b"fine_labels": [1, 2], b"coarse_labels": [1, 2], b"data": np.zeros((2, 3072), np.uint8)}
+        (root / name).write_bytes(pickle.dumps(batch, protocol=2))
+    meta = pickle.dumps({b"fine_label_names": [name.encode() for name in names]}, protocol=2)
+    (root / form).write_bytes(meta if form == "meta" else "\n".join(names).encode())
+
+    def read() -> None:
+        classes = cifar100(root).classes
+        assert len(set(classes)) == 100 and all(name.isprintable() and len(name) <= 80 for name in classes)
+
+    outcome = fuzz(read, [root / form], count, name=f"cifar100, {form}")
+    assert outcome.accepted == count
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "too large"])
+@pytest.mark.parametrize("name", ["data_batch_2.bin", "test_batch.bin"])
+def test_a_batch_that_is_no_regular_file_is_refused(
+    name: str,
+    kind: str,
+    batches: dict[str, tuple[np.ndarray, np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = write_binary(tmp_path / "data", batches)
+    if kind != "too large":
+        (root / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(root / name)
+    elif kind == "directory":
+        (root / name).mkdir()
+    elif kind == "device":
+        (root / name).symlink_to("/dev/zero")
+    else:
+        monkeypatch.setattr(cifar_module, "LARGEST_BATCH", 1000)
+        name = "data_batch_1.bin"
+    assert f"{name} is not a readable CIFAR-10 batch" in refused("cifar10", root)

@@ -29,7 +29,10 @@ def test_train_and_test(tmp_path: Path) -> None:
     assert source.train.labels is not None and source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert source.test.labels is not None and source.test.labels.tolist() == [0, 0, 1, 1]
     assert source.test.labels.dtype == np.int64
-    assert source.notes == ("not used, because there is a folder train/: val",)
+    assert source.notes == (
+        "training split train/ (6 images in 2 classes), test split test/ (4 images in 2 classes); "
+        "left out: val/ (2 images; test/ is the test split)",
+    )
 
 
 @pytest.mark.parametrize("name", ["val", "validation"])
@@ -39,7 +42,9 @@ def test_train_and_val(name: str, tmp_path: Path) -> None:
             save(tmp_path / split / c / "x.png")
     source = folder(tmp_path)
     assert names(source.test, tmp_path) == [f"{name}/a/x.png", f"{name}/b/x.png"]
-    assert source.notes == ()
+    assert source.notes == (
+        f"training split train/ (2 images in 2 classes), test split {name}/ (2 images in 2 classes)",
+    )
 
 
 def test_train_alone_gives_up_a_tenth(tmp_path: Path) -> None:
@@ -59,11 +64,16 @@ def test_test_without_train_is_a_class(tmp_path: Path) -> None:
     assert folder(tmp_path).classes == ("other", "test")
 
 
-def test_a_folder_that_happens_to_be_called_train_does_not_hide_the_others_in_silence(tmp_path: Path) -> None:
+def test_a_folder_that_happens_to_be_called_train_is_not_guessed_about(tmp_path: Path) -> None:
     for c in ("train", "bus", "plane"):
         for i in range(5):
             save(tmp_path / c / f"{i}.png")
-    assert "not used, because there is a folder train/: bus, plane" in folder(tmp_path).notes
+    message = refusal(DataConfig(path=str(tmp_path)))
+    assert "train/ could be the training split, or a class like bus/" in message
+    assert "--set data.train=train, or --set data.train=. if every folder is a class" in message
+    assert folder(tmp_path, train=".").classes == ("bus", "plane", "train")
+    source = folder(tmp_path, train="train")
+    assert source.classes == () and len(source.train.images) + len(source.test.images) == 5
 
 
 def test_no_split_holds_out_a_tenth_of_each_class(image_folder: Path) -> None:

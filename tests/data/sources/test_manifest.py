@@ -16,6 +16,7 @@ from falcon_fast.data.sources.decoding import header, read_image
 from falcon_fast.data.sources.folders import image_paths
 from falcon_fast.data.sources.opening import open_source
 
+from ...fuzz import COUNTS, MIB, fuzz
 from ..images import damage, smooth
 
 
@@ -124,7 +125,9 @@ def test_a_cache_that_cannot_be_written_is_named(photo_folder: Path, data, tmp_p
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     code, lines, err = data("verify", photo_folder)
-    assert code == 1 and lines == [] and err.startswith("error: ") and err.count("\n") == 1
+    assert (
+        code == 74 and lines == [] and err.startswith("error: ") and "cannot be written" in err and err.count("\n") == 1
+    )
     assert open_source(DataConfig(path=str(photo_folder))).known_bad == ()
 
 
@@ -133,3 +136,22 @@ def test_a_large_image_is_no_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "falcon_fast", "data", "verify", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout == result.stderr == ""
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_rows_that_are_mutated_are_rows_or_left_out(
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest only saves time: what is damaged in it is found out again, so nothing is ever refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    entries = {f"a/{i:02d}.jpg": manifest.Entry(1000 + i, 10**18 + i, 60, 40, 1, True, "") for i in range(30)}
+    entries["a/bad, \udcff.jpg"] = manifest.Entry(3, 10**18, 0, 0, 1, True, "not an image")
+    path = manifest.write_manifest(tmp_path, entries)
+    assert manifest.read_manifest(tmp_path) == entries
+
+    def read() -> None:
+        for entry in manifest.read_manifest(tmp_path).values():
+            assert all(0 <= number < 2**63 for number in entry[:5]) and 1 <= entry.orientation <= 8
+
+    outcome = fuzz(read, [path], count, name="manifest", memory=16 * MIB)
+    assert outcome.accepted == count

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from falcon_fast.data.sources import pickled_arrays
 from falcon_fast.data.sources.pickled_arrays import read_pickled_arrays
+
+from ...fuzz import COUNTS, fuzz
 
 PIXELS = np.arange(4 * 12, dtype=np.uint8).reshape(4, 12)
 
@@ -129,30 +132,39 @@ def test_an_array_larger_than_its_bytes_is_refused() -> None:
             read_pickled_arrays(content.replace(b"K\n\x85", b"K" + bytes([count]) + b"\x85"))
 
 
-def fuzz(count: int) -> None:
-    original = pickle.dumps({b"labels": [1, 2, 3, 4], b"data": PIXELS, b"name": "x"}, protocol=2)
-    chance, kinds = random.Random(0), set()
-    for _ in range(count):
-        changed = bytearray(original)
-        for _ in range(chance.randint(1, 3)):
-            at = chance.randrange(len(changed))
-            if chance.random() < 0.5:
-                changed[at] = chance.randrange(256)
-            else:
-                changed[at : at + chance.randint(0, 4)] = chance.randbytes(chance.randint(0, 4))
-        try:
-            read_pickled_arrays(bytes(changed))
-        except (MemoryError, RecursionError):
-            raise
-        except Exception as error:
-            kinds.add(type(error))
-    assert ValueError in kinds
+def test_a_key_that_takes_forever_to_hash_is_refused() -> None:
+    """A tuple that holds another one twice, 60 times: its hash takes 2^60 steps."""
+    with pytest.raises(ValueError, match="a key that is no text"):
+        read_pickled_arrays(b"\x80\x02}" + b")q\x00" + b"h\x00\x86q\x00" * 60 + b"K\x01s.")
 
 
-def test_200_mutations_end_in_a_value_or_an_error() -> None:
-    fuzz(200)
+def test_text_that_is_encoded_again_and_again_is_refused() -> None:
+    """A thousand copies of a text of 100 KB from a few bytes each."""
+    text = "x" * 100_000
+    start = (
+        b"\x80\x02}c_codecs\nencode\nq\x00X"
+        + struct.pack("<I", len(text))
+        + text.encode()
+        + b"q\x01X\x06\x00\x00\x00latin1q\x02"
+    )
+    once = b"h\x00h\x01h\x02\x86R"
+    with pytest.raises(ValueError, match="more text than the file holds"):
+        read_pickled_arrays(start + once * 1000 + b".")
 
 
-@pytest.mark.slow
-def test_10000_mutations_end_in_a_value_or_an_error() -> None:
-    fuzz(10_000)
+def test_more_instructions_than_a_batch_needs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte can make a list of 56 bytes."""
+    monkeypatch.setattr(pickled_arrays, "MOST_INSTRUCTIONS", 1000)
+    with pytest.raises(ValueError, match="more than 1,000 instructions"):
+        read_pickled_arrays(b"\x80\x02" + b"]" * 2000 + b".")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_mutations_end_in_a_value_or_an_error(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "batch"
+    path.write_bytes(pickle.dumps({b"labels": [1, 2, 3, 4], b"data": PIXELS, b"name": "x"}, protocol=2))
+    errors = (ValueError, IndexError, KeyError, TypeError, AttributeError)
+    outcome = fuzz(
+        lambda: read_pickled_arrays(path.read_bytes()), [path], count, name="pickled arrays", refusals=errors
+    )
+    assert outcome.refused > count // 4

@@ -28,7 +28,8 @@ def refused_here(root: Path, classes: int = 10) -> str:
 
 def test_both_splits_lie_in_memory_with_their_labels(root: Path) -> None:
     train, test, classes, notes = open_small_folders(root, "TINY", 10, "a.bin")
-    assert classes == tuple(f"c{k}" for k in range(10)) and notes == ()
+    assert classes == tuple(f"c{k}" for k in range(10))
+    assert notes == ("training split train/ (30 images in 10 classes), test split test/ (20 images in 10 classes)",)
     for split, (images, labels) in ((train, SETS["train"]), (test, SETS["test"])):
         assert isinstance(split.images, ImageArray) and split.labels is not None
         ours = sorted((int(k), x.tobytes()) for k, x in zip(split.labels, pixels(split), strict=True))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from falcon_fast.errors import SystemFault, TemporaryError, UsageError
+from falcon_fast.errors import RunStopped, SystemFault, TemporaryError, UsageError
+from falcon_fast.training.distributed import signals
 from falcon_fast.training.distributed.processes import Processes, join
 from falcon_fast.training.distributed.stopping import everywhere, speaks
 
@@ -58,6 +62,24 @@ def test_an_error_of_one_process_is_everyones(two):
             kind, line, shared = found[name]
             assert kind == SystemFault.__name__ and shared
             assert line.startswith("process 1: ") and reason in line
+
+
+def _stopped_before_training(rank, world):
+    processes = Processes(rank, world, rank, dist.group.WORLD, dist.new_group(backend="gloo"), 60)
+    with signals.immediate_stops():
+        signals.stop_together(True)
+        processes.everyone(rank)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            processes.from_main(rank)
+        except RunStopped as stopped:
+            return everywhere(stopped)
+    return None
+
+
+def test_a_signal_to_one_process_before_training_stops_all_at_their_next_exchange(tmp_path):
+    assert in_processes(_stopped_before_training, 2, tmp_path) == [True, True]
 
 
 def test_alone_nothing_is_asked():

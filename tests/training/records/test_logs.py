@@ -16,6 +16,7 @@ from falcon_fast.hardware.flops import StepFlops
 from falcon_fast.runs.directory import create_run_directory
 from falcon_fast.training import stepper, trainer
 from falcon_fast.training.checkpoints.restore import restore
+from falcon_fast.training.optimizer import Rate
 from falcon_fast.training.records import logs
 from falcon_fast.training.records.metrics_file import COLUMNS
 from falcon_fast.training.run import Run, prepare
@@ -143,7 +144,7 @@ def test_every_metric_of_a_row_stands_in_its_column():
     run = prepared(optimizer__lr=0.5)
     values = {"loss": 6.0, "prior": 1.0, "invariance": 5.0, "codes_used": 17, "probe_accuracy": 0.25, "grad_norm": 3.0}
     metrics = StepMetrics(**{name: torch.tensor(value) for name, value in values.items()})
-    row = logs.metrics_row(run, 7, metrics, 0.25)
+    row = logs.metrics_row(run, 7, metrics, Rate(0.25, 0.1))
     assert row == {
         "step": 7,
         "epoch": 7 / (1437 // 128),  # 80 % of the 1797 digits are for training
@@ -151,9 +152,10 @@ def test_every_metric_of_a_row_stands_in_its_column():
         "prior": 1.0,
         "invariance": 5.0,
         "codes_used": 17,
-        "lr": 0.125,
+        "lr": pytest.approx(0.2),  # a quarter of the way from 0.1 to 0.5
         "grad_norm": 3.0,
         "probe_train_accuracy": 0.25,
+        "changes": 0,
     }
     assert set(row) <= set(COLUMNS)
 
@@ -166,3 +168,24 @@ def test_tags_are_the_columns_and_steps_the_rows(tmp_path):
     events.Reload()
     found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert found == {"epoch": [(3, 0.25)], "loss": [(3, 2.0)], "prior": [(3, 0.5)]}
+
+
+def test_a_run_goes_on_without_events_that_cannot_be_written(tmp_path, monkeypatch, capfd):
+    """The thread that writes them fails, as on a full disk; metrics.csv has every row."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    run, lines = prepared(), []
+    create_run_directory(tmp_path / "run", run.config)
+    row = {"step": 1, "epoch": 0.1, "loss": 1.0, "seconds": 1.0}
+    with logs.RunLog(run, tmp_path / "run", 0, lines.append) as log:
+        log.write(row)
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in (2, 3):
+            log.write(row | {"step": step})
+    assert [r["step"] for r in csv.DictReader((tmp_path / "run" / "metrics.csv").open())] == ["1", "2", "3"]
+    (line,) = lines
+    assert "No space left" in line and "goes on without TensorBoard" in line and str(tmp_path / "run") in line
+    assert "Traceback" not in capfd.readouterr().err
