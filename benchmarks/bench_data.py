@@ -21,8 +21,9 @@ import torch
 
 from falcon_fast.data.loaders import training as loader
 from falcon_fast.data.loaders.batch import Batch
+from falcon_fast.data.sources.decoding import header_size
 from falcon_fast.data.sources.folders import IMAGENET_MEAN, IMAGENET_STD
-from falcon_fast.data.sources.images import ImageArray, ImageFiles, Source, Split, header_size
+from falcon_fast.data.sources.images import ImageArray, ImageFiles, Source, Split
 from falcon_fast.data.views.augmentation import AUGMENTATIONS, Augmentation
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.photometric_stage import photometric_stage

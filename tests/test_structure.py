@@ -183,6 +183,7 @@ def test_every_test_file_names_a_module_or_a_topic() -> None:
         "objective/test_situations.py": "every situation that a caller of the loss can bring",
         "test_security.py": "no command and no module reaches an unpickler; each promise of SECURITY.md names its test",
         "runs/test_restart.py": "runs that are killed and continued, by one process and by several",
+        "data/loaders/test_agreement.py": "every loader on files of every kind, good and bad",
         "runs/test_stops.py": "stops at any moment, in every way",
         "runs/test_full_disk.py": "a disk that takes no more at any write",
         "data/loaders/test_runs.py": "whole runs whose loaders differ or find bad files",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from falcon_fast.config import DataConfig
 from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.files import written_whole
 from falcon_fast.training.distributed.signals import stop_line
@@ -65,9 +66,19 @@ def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+_max_pixels = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=DataConfig.max_pixels,
+    show_default=True,
+    help="Largest width times height of an image, as data.max_pixels of a run.",
+)
+
+
 @data.command(short_help="Find the images that cannot be decoded.")
 @click.argument("path", type=click.Path(path_type=Path))
-def verify(path: Path) -> None:
+@_max_pixels
+def verify(path: Path, max_pixels: int) -> None:
     """Decode every image below PATH, and print those that cannot be decoded, with the reason. Exit code 1 if there are any.
 
     The result is kept in ~/.cache/falcon_fast, and training uses it. If the command is stopped, starting it again continues where
@@ -78,7 +89,7 @@ def verify(path: Path) -> None:
     stop_line(lambda: "stopped; what was verified is kept: the same command continues there")
     root, paths = _folder(path)
     with _progress(len(paths), "verifying") as done:
-        bad = manifest.verify(root, paths, _print_bad, done)
+        bad = manifest.verify(root, paths, _print_bad, done, max_pixels)
     sys.exit(1 if bad else 0)
 
 
@@ -95,7 +106,8 @@ def verify(path: Path) -> None:
 @click.option(
     "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Quality of the JPEG files, 1 to 100."
 )
-def pack(path: Path, out: Path, short_side: int, quality: int) -> None:
+@_max_pixels
+def pack(path: Path, out: Path, short_side: int, quality: int, max_pixels: int) -> None:
     """Copy the images below PATH to OUT as smaller JPEG files, which are faster to decode. Folders and names stay the same.
 
     Images that cannot be decoded are printed; exit code 1 if there are any. If the command is stopped, starting it again
@@ -106,7 +118,7 @@ def pack(path: Path, out: Path, short_side: int, quality: int) -> None:
     stop_line(lambda: "stopped; the images that were packed are whole: the same command continues there")
     root, paths = _folder(path)
     with _progress(len(paths), "packing") as done:
-        bad = tools.pack(root, out, paths, short_side, quality, _print_bad, done)
+        bad = tools.pack(root, out, paths, short_side, quality, _print_bad, done, max_pixels)
     sys.exit(1 if bad else 0)
 
 

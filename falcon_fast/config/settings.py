@@ -76,6 +76,9 @@ class DataConfig:
     photometric: str = free("auto")
     # share of the training images that may be unreadable; one always may, unless this is 0
     max_bad_fraction: float = free(0.01)
+    # Largest width times height of an image, which takes 4 to 12 bytes per pixel while it is decoded; larger ones count as
+    # unreadable.
+    max_pixels: int = free(178_956_970)
 
 
 @dataclass(frozen=True)

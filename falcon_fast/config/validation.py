@@ -65,6 +65,7 @@ def validate(config: Config) -> Config:
         ("data.workers", data.workers, -1),
         ("data.resident_mib", data.resident_mib, 0),
         ("data.max_bad_fraction", data.max_bad_fraction, 0),
+        ("data.max_pixels", data.max_pixels, 1),
         ("model.width", model.width, 1),
         ("loss.temperature_batch", loss.temperature_batch, 1),
         ("loss.beta", loss.beta, 0),

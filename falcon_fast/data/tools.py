@@ -14,7 +14,8 @@ import torch
 from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.training import training_batches
-from falcon_fast.data.sources.images import read_image, reason_of, shown
+from falcon_fast.data.sources.decoding import MAX_PIXELS, read_image
+from falcon_fast.data.sources.disk import BadImage, MissingFile, check_disk, shown
 from falcon_fast.data.sources.layout.names import folded
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views.augmentation import augmentation
@@ -81,6 +82,7 @@ def pack(
     quality: int,
     bad: Callable[[Path, str], None],
     done: Callable[[], None],
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Write every image as a JPEG whose short side has at most `short_side` pixels. Return how many images cannot be decoded.
 
@@ -95,10 +97,12 @@ def pack(
         quality: of the JPEGs, as Pillow counts it.
         bad: called with each image that cannot be packed, and the reason.
         done: called after each image.
+        max_pixels: largest width times height of an image.
 
     Raises:
         UsageError: `out` is `root` or inside it, or cannot be created.
         WriteError: a file cannot be written.
+        TemporaryError: the disk of the images cannot be read, or memory ran out.
     """
     if out.resolve().is_relative_to(root.resolve()):
         raise UsageError(f"{shown(out)} lies inside {shown(root)}: pack into a folder outside of it")
@@ -113,9 +117,12 @@ def pack(
         if target.exists():
             return path, ""
         try:
-            image = _reduced(read_image(str(path)), short_side)
-        except Exception as error:  # Pillow's decoders raise many types
-            return path, reason_of(error)
+            image = _reduced(read_image(path, max_pixels), short_side)
+        except MissingFile as error:
+            check_disk(str(path), list(map(str, names)))
+            return path, str(error)
+        except BadImage as error:
+            return path, str(error)
         if max(image.size) > JPEG_SIDE:
             return path, f"{image.width} x {image.height} pixels do not fit into a JPEG"
         with writing(target):
@@ -157,7 +164,8 @@ def preview(config: Config, count: int) -> tuple[Image, int]:
     cpu = torch.device("cpu")
     recipe, source = augmentation(config.data.augmentation), open_source(config.data)
     images, size = source.train.images, source.size
-    clock = Clock(config.training.seed, len(images), min(count, len(images)), recipe)
+    readable = len(images) - len(source.known_bad)
+    clock = Clock(config.training.seed, len(images), min(count, readable), recipe)
     loader, _ = choose_loader(config.data, source, recipe, cpu)
     if loader == "synthetic":
         raise UsageError("the synthetic loader shows no images: use another loader")

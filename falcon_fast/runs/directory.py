@@ -3,7 +3,8 @@
 config.toml            the resolved configuration
 metrics.csv            one row for each logged step (columns: falcon_fast/training/records/metrics_file.py)
 tensorboard/           the same rows as events, for `tensorboard --logdir RUN` (log.tensorboard)
-quarantine.csv         the training images that cannot be read, if there are any
+images.jsonl.gz        the image files as they were when the run began
+quarantine.csv         the training images that cannot be decoded, if there are any
 checkpoints/           the newest complete checkpoints
 result.json            the figures of the final evaluation
 result-N-epochs.json   those of an earlier end, after N epochs, of a run that was extended

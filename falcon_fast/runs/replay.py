@@ -18,6 +18,7 @@ from typing import Any
 
 from falcon_fast.config import Config, load_config, override, validate
 from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.sources.listing import NAME as LISTING
 from falcon_fast.errors import UsageError
 from falcon_fast.kernels.torch_private import grad_scaler_state
 from falcon_fast.runs.layer_statistics import Layer, Row, Watch, first_bad
@@ -105,7 +106,7 @@ def replay(
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such run directory")
     saved = load_config(directory / "config.toml")
-    run = prepare(_alone(saved, device, data))
+    run = prepare(_alone(saved, device, data), listing=directory / LISTING)
     if not 1 <= step <= run.total_steps:
         raise UsageError(f"--step {step}: the run has the steps 1 to {run.total_steps}")
     found = {int(path.name.removeprefix(checkpoint.PREFIX)): path for path in _complete(directory)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falcon_fast.config import Config, load_config, override, validate
+from falcon_fast.data.sources.listing import NAME as LISTING
 from falcon_fast.errors import UsageError
 from falcon_fast.hardware.host_memory import keep_host_memory
 from falcon_fast.runs.directory import (
@@ -132,7 +133,7 @@ def begin(
     if found.state == "finished" and how == "continue":
         return None
     begun = found.state != "new"
-    run = prepare(found.config, processes)
+    run = prepare(found.config, processes, listing=directory / LISTING if begun else None)
     with processes.together():
         check_fits(run)
     keep_host_memory(run.device)

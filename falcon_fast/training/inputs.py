@@ -10,6 +10,9 @@ import torch
 
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.training import training_inputs
+from falcon_fast.data.sources.listing import NAME as LISTING
+from falcon_fast.data.sources.listing import write_listing
+from falcon_fast.data.sources.opening import root_of
 from falcon_fast.data.views.photometric_stage import Photometric, photometric_stage
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.run import Run
@@ -54,16 +57,18 @@ def feed_of(run: Run, steps: range, quarantine: Quarantine, photometric: Photome
 def quarantine_of(run: Run, say: Callable[[str], None], path: Path | None = None) -> Quarantine:
     """Return the unreadable images that are known when training begins, the same in every process.
 
-    path: where process 0 lists them.
+    path: where process 0 lists them; it also writes the list of all images to the same folder.
     """
     images, limit = run.source.train.images, run.config.data.max_bad_fraction
-    known, left_out, processes = dict(run.source.known_bad), run.source.left_out, run.processes
+    known, processes = dict(run.source.known_bad), run.processes
     quarantine: Quarantine | None = None
     with processes.together():
         if processes.main:
-            quarantine = Quarantine(images, limit, path, known=known, left_out=left_out, say=say)
+            if path is not None:
+                write_listing(path.with_name(LISTING), run.source, root_of(run.config.data))
+            quarantine = Quarantine(images, limit, path, known=known, say=say)
     listed = processes.from_main({} if quarantine is None else quarantine.bad)
-    return quarantine or Quarantine(images, limit, known=listed, left_out=left_out, say=say)
+    return quarantine or Quarantine(images, limit, known=listed, say=say)
 
 
 def share_bad(quarantine: Quarantine, processes: Processes) -> None:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from falcon_fast.data.loaders.choose import choose_loader
 from falcon_fast.data.loaders.quarantine import Quarantine
 from falcon_fast.data.loaders.workers import auto_workers
 from falcon_fast.data.sources.images import Source
-from falcon_fast.data.sources.opening import open_source
+from falcon_fast.data.sources.listing import resumed_source
+from falcon_fast.data.sources.opening import open_source, root_of
 from falcon_fast.data.views.augmentation import Augmentation, augmentation
 from falcon_fast.data.views.sampling import Clock
 from falcon_fast.errors import UsageError
@@ -200,19 +202,29 @@ class Run:
         }
 
 
-def prepare(config: Config, processes: Processes | None = None, source: Source | None = None) -> Run:
+def prepare(
+    config: Config, processes: Processes | None = None, source: Source | None = None, listing: Path | None = None
+) -> Run:
     """Open the data and build all parts of a run, the same in every process. Nothing is written.
 
     Args:
         processes: the processes of the run; None for a run of one process.
         source: images that are open already, used in place of those that the configuration names.
+        listing: the list of the images of the run that is resumed, which may be missing; None for a new run.
 
     Raises:
         UsageError: the configuration cannot work with this data, this device or these processes.
+        TemporaryError: the disk of the images cannot be read.
     """
     processes = processes or Processes()
+
+    def opened() -> Source:
+        if listing is None:
+            return open_source(config.data)
+        return resumed_source(lambda: open_source(config.data), listing, root_of(config.data))
+
     if source is None:
-        source = processes.main_first(lambda: open_source(config.data))
+        source = processes.main_first(opened)
     with processes.together():
         try:
             parts = _build(config, source, processes)
@@ -243,7 +255,7 @@ def _build(config: Config, source: Source, processes: Processes) -> dict[str, An
     clock = Clock(training.seed, len(source.train.images), training.batch_size, recipe)
     loader, loader_notes = choose_loader(config.data, source, recipe, device)
     known = dict(source.known_bad)  # if there are too many, the user learns it before anything is written
-    Quarantine(source.train.images, config.data.max_bad_fraction, known=known, left_out=source.left_out)
+    Quarantine(source.train.images, config.data.max_bad_fraction, known=known)
 
     check_machine(config, source.size, device, processes)
     network = build_network(config, source.size)

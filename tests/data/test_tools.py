@@ -12,8 +12,8 @@ from PIL import Image
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.sources import manifest
+from falcon_fast.data.sources.decoding import header, read_image
 from falcon_fast.data.sources.folders import image_paths
-from falcon_fast.data.sources.images import header, read_image
 from falcon_fast.data.tools import packed_names
 from falcon_fast.training.run import prepare
 

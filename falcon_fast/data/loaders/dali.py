@@ -12,8 +12,9 @@ All stages overlap: threads read files READ_AHEAD steps ahead, DALI decodes PREF
 torch's own CUDA stream.
 
 A file that DALI cannot decode ends its pipeline. The loader then examines the images of that step one by one. An image that
-Pillow cannot decode either goes into quarantine; an image that only DALI cannot decode is fed as a bitmap from then on. Then a
-new pipeline starts at the same step.
+Pillow cannot decode either is bad; an image that only DALI cannot decode is fed as a bitmap from then on. Then a new pipeline
+starts at the same step. A bad image goes into quarantine when the first step that it belongs to is handed over, whichever step
+was read ahead when it was found, so that the list is that of the other loaders.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ import numpy as np
 import torch
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
-from falcon_fast.data.loaders.dali_files import bitmap, encoded
+from falcon_fast.data.loaders.dali_files import encoded
 from falcon_fast.data.loaders.dali_pipeline import build_pipeline, regions, whole_image
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.sources.changes import changes_of
-from falcon_fast.data.sources.images import ImageFiles, Split, header_size, reason_of
+from falcon_fast.data.sources.decoding import header_size
+from falcon_fast.data.sources.disk import BadImage
+from falcon_fast.data.sources.images import ImageFiles, Split
 from falcon_fast.data.views.crops_cpu import resized_crops
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, crop_boxes
-from falcon_fast.errors import TrainingError
+from falcon_fast.errors import TemporaryError, TrainingError
 from falcon_fast.hardware.processors import usable_threads
 
 READ_AHEAD = 4  # steps, one thread each; reading several files at once helps on a slow or remote disk
@@ -49,8 +52,12 @@ class _EncodedBatch(NamedTuple):
     indices: np.ndarray
     sizes: np.ndarray  # int64 (n, 2), width and height
     boxes: np.ndarray  # int64 (2, n, 4), of both views
-    found: dict[int, str]
+    met: dict[int, str]  # bad images that others stand in for, number -> reason
     changed: dict[int, str]  # images whose files have changed since the run began
+
+
+# What is prepared for a step: a batch; or the bad images, if they are too many; or why the files could not be read.
+_Prepared = _EncodedBatch | dict[int, str] | TemporaryError
 
 
 class _Feeder:
@@ -59,8 +66,8 @@ class _Feeder:
     def __init__(self, loader: _Loader, steps: range) -> None:
         self.loader, self.ahead = loader, iter(steps)
         self.pool = ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="falcon-fast-read")
-        self.reading: deque[Future[_EncodedBatch | dict[int, str]]] = deque()
-        self.given: deque[_EncodedBatch | dict[int, str]] = deque()  # given to DALI, not returned yet
+        self.reading: deque[Future[_Prepared]] = deque()
+        self.given: deque[_Prepared] = deque()  # given to DALI, not returned yet
         for _ in range(READ_AHEAD):
             self._read()
 
@@ -76,7 +83,7 @@ class _Feeder:
         prepared = self.reading.popleft().result()
         self._read()
         self.given.append(prepared)
-        if isinstance(prepared, dict):  # too many bad images: the loader stops when it comes to this step
+        if not isinstance(prepared, _EncodedBatch):  # the loader stops when it comes to this step
             raise StopIteration
         if self.loader.device.type == "cpu":
             return (prepared.files,)
@@ -95,8 +102,7 @@ class _Loader:
     ) -> None:
         assert isinstance(split.images, ImageFiles) and clock.augmentation.crop is not None
         self.rule = clock.augmentation.crop
-        self.images, self.paths = split.images, split.images.paths
-        self.sizes = split.images.sizes or tuple(map(header_size, self.paths))
+        self.images = split.images
         self.labels, self.clock, self.size, self.device = split.labels, clock, size, device
         self.rank, self.world, self.quarantine = rank, world, quarantine
         self.bad = dict(quarantine.bad)
@@ -105,21 +111,26 @@ class _Loader:
         self.threads = min(16, usable_threads())
         self.croppers = ThreadPoolExecutor(self.threads, thread_name_prefix="falcon-fast-crop")
 
-    def prepare(self, step: int) -> _EncodedBatch | dict[int, str]:
-        """Read the files of one step. Return only the new bad images if too many images are bad."""
+    def prepare(self, step: int) -> _Prepared:
+        """Read the files of one step. Return only the bad images if too many images are bad, or why a file cannot be read."""
         plan = self.clock.at(step, self.rank, self.world)
 
         def load(index: int) -> tuple[np.ndarray, tuple[int, int]]:
-            return encoded(self.paths[index], self.sizes[index], index in self.by_pillow)
+            path, data = self.images.paths[index], self.images.data(index)
+            size = self.images.sizes[index] if self.images.sizes is not None else header_size(path)
+            return encoded(data, size, index in self.by_pillow, self.images.max_pixels, path)
 
-        share = load_share(self.clock, plan, load, self.bad, self.quarantine.limit)
+        try:
+            share = load_share(self.clock, plan, load, self.bad, self.quarantine.limit)
+        except TemporaryError as error:
+            return error
         if isinstance(share, dict):
             return share
         sizes = np.array([size for _, size in share.images], np.int64)
         files = [data for data, _ in share.images]
         boxes = np.stack([crop_boxes(plan.geometry[view], sizes[:, 1], sizes[:, 0], self.rule) for view in range(2)])
         changed = changes_of(self.images, share.indices)
-        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.found, changed)
+        return _EncodedBatch(plan, files, share.indices, sizes, boxes, share.met, changed)
 
     def pipeline(self, source: Any) -> Any:
         """Build a pipeline that takes its files from `source`."""
@@ -140,8 +151,9 @@ class _Loader:
                     self.examine([each for each in feeder.given if isinstance(each, _EncodedBatch)], error)
                     return
                 prepared = feeder.given.popleft()
-                # If this step met too many bad images, report all that any thread has found so far.
-                for index, reason in list((self.bad if isinstance(prepared, dict) else prepared.found).items()):
+                if isinstance(prepared, TemporaryError):
+                    raise prepared
+                for index, reason in (prepared if isinstance(prepared, dict) else prepared.met).items():
                     self.quarantine.add(index, reason)
                 assert isinstance(prepared, _EncodedBatch)  # otherwise the quarantine has raised
                 self.quarantine.changes.add(prepared.changed)
@@ -175,11 +187,10 @@ class _Loader:
                 if index in self.bad or index in self.by_pillow or self._decodes(data):
                     continue
                 try:
-                    bitmap(self.paths[index])
+                    self.images.image(index)
                     self.by_pillow.add(index)
-                except Exception as damage:  # Pillow's decoders raise many types
-                    self.bad[index] = reason_of(damage)
-                    self.quarantine.add(index, self.bad[index])
+                except BadImage as damage:  # listed when its step comes again
+                    self.bad[index] = str(damage)
             if len(self.bad) + len(self.by_pillow) > before:
                 return
         reason = " ".join(str(error).split())
@@ -210,6 +221,7 @@ def training_batches(
 
     Raises:
         UsageError: more images are bad than the quarantine allows; the message names one.
+        TemporaryError: a file cannot be read, though it may be good.
         TrainingError: DALI failed, and not because of an image.
     """
     loader = _Loader(split, clock, size, device, rank, world_size, quarantine or Quarantine(split.images))

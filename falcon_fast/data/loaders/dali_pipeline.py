@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from falcon_fast.data.sources.images import reason_of
+from falcon_fast.data.sources.decoding import reason_of
 
 PREFETCH = 2  # steps that DALI decodes ahead
 # The share of a batch that nvJPEG's hardware decoder takes, where there is one; CUDA decodes the rest. This is DALI's default.

@@ -8,15 +8,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from falcon_fast.data.loaders.forking import started
 from falcon_fast.data.loaders.shared_memory import handed_over, received
 from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
-from falcon_fast.data.sources.images import Images, Split, reason_of
+from falcon_fast.data.sources.disk import BadImage
+from falcon_fast.data.sources.images import Images, Split
 from falcon_fast.data.views.evaluation_view import evaluation_view
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import TemporaryError, UsageError
+
+# The number of an image, and its evaluation view, the reason why it is bad, or why its file cannot be read.
+_Item = tuple[int, np.ndarray | str | TemporaryError]
 
 
-class _Evaluated(Dataset[tuple[int, np.ndarray | str]]):
-    """Item i is the evaluation view of image i, uint8 (S, S, 3), or the reason why it cannot be decoded."""
+class _Evaluated(Dataset[_Item]):
+    """Item i is the evaluation view of image i, uint8 (S, S, 3), or why there is none: a worker would show a traceback."""
 
     def __init__(self, images: Images, size: int) -> None:
         self.images, self.size = images, size
@@ -24,16 +29,18 @@ class _Evaluated(Dataset[tuple[int, np.ndarray | str]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, index: int) -> _Item:
         try:
             return index, np.asarray(evaluation_view(self.images.image(index), self.size))
-        except Exception as error:  # Pillow's decoders raise many types; a worker would show their tracebacks
-            return index, reason_of(error)
+        except BadImage as error:
+            return index, str(error)
+        except TemporaryError as error:
+            return index, error
 
 
-def _stack(items: list[tuple[int, np.ndarray | str]]) -> tuple[torch.Tensor | np.ndarray | None, dict[int, str]]:
-    good = [pixels for _, pixels in items if not isinstance(pixels, str)]
-    bad = {index: reason for index, reason in items if isinstance(reason, str)}
+def _stack(items: list[_Item]) -> tuple[torch.Tensor | np.ndarray | None, dict[int, str | TemporaryError]]:
+    good = [pixels for _, pixels in items if isinstance(pixels, np.ndarray)]
+    bad = {index: reason for index, reason in items if not isinstance(reason, np.ndarray)}
     return handed_over(torch.from_numpy(np.stack(good))) if good else None, bad
 
 
@@ -57,6 +64,7 @@ def evaluation_batches(
 
     Raises:
         UsageError: an image cannot be decoded and `bad` is None (the message names the file), or no image can be decoded.
+        TemporaryError: a file cannot be read, though it may be good.
     """
     loader = DataLoader(
         _Evaluated(split.images, size),
@@ -69,9 +77,11 @@ def evaluation_batches(
     )
     some = not len(split.images)
     with hold_signals():
-        batches = iter(loader)
+        batches = started(loader)
     for images, found in batches:
         for index, reason in found.items():
+            if isinstance(reason, TemporaryError):
+                raise reason
             if bad is None:
                 raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): repair or remove it")
             bad[index] = reason
@@ -79,4 +89,6 @@ def evaluation_batches(
             some = True
             yield received(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
     if not some:
-        raise UsageError(f"none of {len(split.images)} images can be decoded: check that the disk is still mounted")
+        raise UsageError(
+            f"none of {len(split.images)} images can be decoded: `falcon-fast data verify` names the reasons"
+        )

@@ -23,7 +23,9 @@ import torch
 
 from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.loaders.quarantine import Quarantine
-from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split, reason_of
+from falcon_fast.data.sources.decoding import reason_of
+from falcon_fast.data.sources.disk import BadImage
+from falcon_fast.data.sources.images import ImageArray, ImageFiles, Images, Split
 from falcon_fast.data.views.affine import warp
 from falcon_fast.data.views.crops_torch import crop
 from falcon_fast.data.views.evaluation_view import evaluation_view
@@ -111,6 +113,7 @@ class ResidentImages:
 
     Raises:
         UsageError: more images are bad than the quarantine allows.
+        TemporaryError: a file cannot be read, though it may be good.
     """
 
     def __init__(self, split: Split, size: int, affine: bool, device: torch.device, quarantine: Quarantine) -> None:
@@ -141,8 +144,8 @@ class ResidentImages:
             try:
                 image = images.image(index)
                 return np.asarray(evaluation_view(image, self.size) if self.affine else image)
-            except Exception as error:  # Pillow's decoders raise many types
-                return reason_of(error)
+            except BadImage as error:
+                return str(error)
 
         with ThreadPoolExecutor() as pool:
             decoded = list(pool.map(decode, range(len(images)), chunksize=64))

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from falcon_fast.data.loaders.batch import Batch, labels_of
+from falcon_fast.data.loaders.forking import started
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
 from falcon_fast.data.loaders.shared_memory import advice, handed_over, received
 from falcon_fast.data.loaders.signals import hold_signals, leave_signals_to_the_trainer
@@ -26,6 +27,7 @@ from falcon_fast.data.views.crops_cpu import pillow_crop
 from falcon_fast.data.views.evaluation_view import evaluation_view
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import BatchPlan, Clock, PhotometricParameters, affine_matrices, crop_boxes
+from falcon_fast.errors import TemporaryError
 from falcon_fast.hardware.processors import usable_threads
 
 if TYPE_CHECKING:
@@ -49,12 +51,19 @@ class _LoadedBatch(NamedTuple):
     views: torch.Tensor | np.ndarray  # uint8 (2 B, S, S, 3)
     parameters: PhotometricParameters
     indices: np.ndarray
-    found: dict[int, str]  # bad images that were not known before, number -> reason
+    met: dict[int, str]  # bad images that others stand in for, number -> reason
     changed: dict[int, str]  # images whose files have changed since the run began, number -> change
 
 
-class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
-    """Item `step` is the batch of that step; or, if more than `limit` images are bad, only the bad images that were found."""
+# What a worker process makes of a step: a batch; or the bad images, if they are too many; or why the files could not be read.
+_Item = _LoadedBatch | dict[int, str] | TemporaryError
+
+
+class _StepBatches(Dataset[_Item]):
+    """Item `step` is the batch of that step; or, if more than `limit` images are bad, only the bad images.
+
+    A TemporaryError is an item, too: DataLoader would put the worker's traceback into its message.
+    """
 
     def __init__(
         self, images: Images, clock: Clock, size: int, rank: int, world_size: int, bad: dict[int, str], limit: int
@@ -63,15 +72,18 @@ class _StepBatches(Dataset[_LoadedBatch | dict[int, str]]):
         self.rank, self.world_size = rank, world_size
         self.bad, self.limit = bad, limit
 
-    def __getitem__(self, step: int) -> _LoadedBatch | dict[int, str]:
+    def __getitem__(self, step: int) -> _Item:
         plan = self.clock.at(step, self.rank, self.world_size)
-        share = load_share(self.clock, plan, self.images.image, self.bad, self.limit)
+        try:
+            share = load_share(self.clock, plan, self.images.image, self.bad, self.limit)
+        except TemporaryError as error:
+            return error
         if isinstance(share, dict):
             return share
         make = _cropped if self.clock.augmentation.crop is not None else _warped
         views = handed_over(make(share.images, plan, self.clock, self.size))
         changed = changes_of(self.images, share.indices)
-        return _LoadedBatch(views, plan.photometric, share.indices, share.found, changed)
+        return _LoadedBatch(views, plan.photometric, share.indices, share.met, changed)
 
 
 def _cropped(images: list[Image], plan: BatchPlan, clock: Clock, size: int) -> torch.Tensor:
@@ -125,6 +137,7 @@ def training_batches(
 
     Raises:
         UsageError: more images are bad than the quarantine allows; the message names one.
+        TemporaryError: a file cannot be read, though it may be good.
     """
     quarantine = quarantine or Quarantine(split.images)
     count = auto_workers(clock.augmentation) if workers < 0 else workers
@@ -141,10 +154,12 @@ def training_batches(
         prefetch_factor=2 if count else None,
     )
     with hold_signals():
-        batches = iter(loader)
+        batches = started(loader)
     told = False
     for step, item in zip(steps, batches, strict=True):
-        for index, reason in (item if isinstance(item, dict) else item.found).items():
+        if isinstance(item, TemporaryError):
+            raise item
+        for index, reason in (item if isinstance(item, dict) else item.met).items():
             quarantine.add(index, reason)
         assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
         quarantine.changes.add(item.changed)

@@ -30,6 +30,8 @@ def change_of(images: Images, index: int) -> str:
     except OSError:
         return ""
     size, changed = images.stamps[index].tolist()
+    if size < 0:  # not known: the file could not be read
+        return ""
     if found.st_size != size:
         return f"{size:,} bytes became {found.st_size:,}"
     return "" if found.st_mtime_ns == changed else "written again"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from falcon_fast.data.sources import manifest
+from falcon_fast.data.sources import manifest, value_ranges
+from falcon_fast.data.sources.decoding import MAX_PIXELS
 from falcon_fast.data.sources.images import ImageFiles, Source, Split, fingerprint, held_out, shown
 from falcon_fast.data.sources.layout import archives
 from falcon_fast.data.sources.layout.explicit import Chosen, layout_of
@@ -53,6 +54,7 @@ class _Scan:
     classes: list[str]  # of each path; "" for an image outside of the class folders
     sizes: list[tuple[int, int]]
     stamps: list[tuple[int, int]]  # (bytes, time of change) of each file
+    depths: list[str]  # what is special about each of them (value_ranges.SCALING), or ""
     reasons: list[str]  # why each of them cannot be decoded, where the manifest says so; else empty
     unreadable: list[tuple[str, str]]  # files whose header cannot be read, and why
 
@@ -85,7 +87,9 @@ def _place(folder: Folder, layout: Layout, only: frozenset[str] | None) -> _Plac
     return _Place(folder, [paths[i] for i in kept], [classes[i] for i in kept], unlisted)
 
 
-def _scan(root: Path, places: Sequence[_Place], only: frozenset[str] | None) -> tuple[list[_Scan], int]:
+def _scan(
+    root: Path, places: Sequence[_Place], only: frozenset[str] | None, max_pixels: int
+) -> tuple[list[_Scan], int]:
     """Return a scan of each place, and how many entries of the manifest were out of date."""
     entries: dict[str, Entry] = {}
     differing = 0
@@ -96,7 +100,7 @@ def _scan(root: Path, places: Sequence[_Place], only: frozenset[str] | None) -> 
         folders = [Path(each.folder.path) for each in group]
         if only:  # the manifest may describe classes that are not used
             folders = [folder / name for folder in folders for name in sorted(only)]
-        found, changed = manifest.scan(base, folders, [Path(path) for path in paths])
+        found, changed = manifest.scan(base, folders, [Path(path) for path in paths], max_pixels)
         entries |= zip(paths, found, strict=True)
         differing += changed
     scans = []
@@ -110,6 +114,7 @@ def _scan(root: Path, places: Sequence[_Place], only: frozenset[str] | None) -> 
                 classes=[name for _, name, _ in readable],
                 sizes=[(entry.width, entry.height) for _, _, entry in readable],
                 stamps=[(entry.bytes, entry.changed) for _, _, entry in readable],
+                depths=[entry.depth for _, _, entry in readable],
                 reasons=[entry.reason for _, _, entry in readable],
                 unreadable=sorted(unreadable + [one for folder in each.folder.all() for one in folder.problems]),
             )
@@ -117,7 +122,7 @@ def _scan(root: Path, places: Sequence[_Place], only: frozenset[str] | None) -> 
     return scans, differing
 
 
-def open_imagenet100(root: Path, size: int, chosen: Chosen | None = None) -> Source:
+def open_imagenet100(root: Path, size: int, chosen: Chosen | None = None, max_pixels: int = MAX_PIXELS) -> Source:
     """Open ImageNet-100, the hundred classes of Contrastive Multiview Coding (Tian et al. 2020).
 
     The folder may hold all thousand classes of ImageNet.
@@ -125,7 +130,7 @@ def open_imagenet100(root: Path, size: int, chosen: Chosen | None = None) -> Sou
     Raises:
         UsageError: class folders are missing.
     """
-    return open_folder(root, size, imagenet100_classes(), chosen)
+    return open_folder(root, size, imagenet100_classes(), chosen, max_pixels=max_pixels)
 
 
 def holds_imagenet100(root: Path) -> bool:
@@ -147,6 +152,7 @@ def open_folder(
     only: frozenset[str] | None = None,
     chosen: Chosen | None = None,
     evaluation: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Open any folder of images.
 
@@ -159,9 +165,11 @@ def open_folder(
         only: use just these classes, all of which must be there. None for all classes.
         chosen: the folders of the splits where the user names them.
         evaluation: the images are only evaluated: without labels and without a test split, all of them are the test split.
+        max_pixels: largest width times height of an image.
 
     Raises:
         UsageError: there are no readable images, the classes of the splits do not match, or it is not clear what a folder is.
+        TemporaryError: the disk cannot be read.
     """
     root = Path(os.path.abspath(root))
 
@@ -184,7 +192,7 @@ def open_folder(
                 "missing"
             )
     places = [_place(folder, layout, only) for folder in folders]
-    scans, differing = _scan(root, places, only)
+    scans, differing = _scan(root, places, only, max_pixels)
     for scan, folder in zip(scans, folders, strict=True):
         if not scan.paths:
             raise UsageError(
@@ -207,7 +215,9 @@ def open_folder(
         chosen = range(len(scan.paths)) if indices is None else indices
         labels = np.array([numbers[scan.classes[i]] for i in chosen], np.int64) if labelled else None
         stamps = np.array([scan.stamps[i] for i in chosen], np.int64).reshape(-1, 2)
-        files = ImageFiles(tuple(scan.paths[i] for i in chosen), tuple(scan.sizes[i] for i in chosen), stamps)
+        files = ImageFiles(
+            tuple(scan.paths[i] for i in chosen), tuple(scan.sizes[i] for i in chosen), stamps, max_pixels
+        )
         return Split(files, labels)
 
     train, kept = split(scans[0]), np.arange(len(scans[0].paths))
@@ -223,8 +233,9 @@ def open_folder(
     if not labelled:
         why = "images outside the class folders" if len(names) > 1 else "no class folders"
         notes.append(f"{why}: training and the collapse checks work, but there are no probe, kNN or clustering figures")
+    unreadable = scans[0].unreadable
     return Source(
-        train=train,
+        train=_with_unreadable(train, layout.train, unreadable, numbers) if unreadable else train,
         test=test,
         classes=tuple(names) if labelled else (),
         size=size or min(FOLDER_SIZE, int(np.median([min(each) for each in scans[0].sizes]))),
@@ -236,9 +247,29 @@ def open_folder(
             for path, (width, height) in zip(scan.paths, scan.sizes, strict=True)
         ),
         notes=tuple(notes),
-        known_bad=tuple((i, scans[0].reasons[k]) for i, k in enumerate(kept.tolist()) if scans[0].reasons[k]),
-        left_out=tuple(scans[0].unreadable),
+        known_bad=(
+            *((i, scans[0].reasons[k]) for i, k in enumerate(kept.tolist()) if scans[0].reasons[k]),
+            *((len(kept) + i, reason) for i, (_, reason) in enumerate(unreadable)),
+        ),
     )
+
+
+def _with_unreadable(train: Split, folder: Folder, unreadable: list[tuple[str, str]], numbers: dict[str, int]) -> Split:
+    """Return the training split with the unreadable files behind its images. A file in no known class gets the first one."""
+    images = train.images
+    assert isinstance(images, ImageFiles) and images.sizes is not None and images.stamps is not None
+    paths = tuple(path for path, _ in unreadable)
+    files = ImageFiles(
+        images.paths + paths,
+        images.sizes + ((0, 0),) * len(paths),
+        np.concatenate([images.stamps, np.full((len(paths), 2), -1)]),  # a repaired file is no change
+        images.max_pixels,
+    )
+    if train.labels is None:
+        return Split(files, None)
+    start = len(folder.prefix)
+    labels = [numbers.get(path[start:].split(os.sep, 1)[0], 0) for path in paths]
+    return Split(files, np.concatenate([train.labels, np.array(labels, np.int64)]))
 
 
 def _below(root: Path, path: str, place: _Place) -> str:
@@ -274,6 +305,7 @@ def _line(root: Path, layout: Layout, train: Split, test: Split, scans: Sequence
 def _notes(root: Path, places: Sequence[_Place], scans: Sequence[_Scan], differing: int, labelled: bool) -> list[str]:
     """Return lines on what is not used of the folders of the splits, and on a manifest that was out of date."""
     notes = left_out_by_name([place.folder for place in places])
+    notes += value_ranges.lines(depth for scan in scans for depth in scan.depths)
     if differing:
         notes.append(f"the manifest of {shown(root)} did not match it ({_counted(differing, 'file')}): rebuilt")
     if bad := [each for scan in scans for each in scan.unreadable]:

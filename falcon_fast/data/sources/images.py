@@ -10,24 +10,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from falcon_fast.data.sources.decoding import MAX_PIXELS, decode
+from falcon_fast.data.sources.disk import MissingFile, check_disk, file_bytes, shown
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-
-# GIF is not among them: DALI cannot read it, and all loaders read the same formats.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-ORIENTATION = 0x0112  # EXIF tag; from orientation 5 on, width and height are exchanged
-TIFF_SIZE = (256, 257)
+__all__ = ["Chosen", "ImageArray", "ImageFiles", "Images", "Source", "Split", "fingerprint", "held_out", "shown"]
 
 
 class Images(Protocol):
-    """Numbered images. `image(i)` is an upright PIL RGB image; `name(i)` identifies it in messages."""
+    """Numbered images. `image(i)` is an upright PIL RGB image; `name(i)` identifies it in messages.
+
+    `image` raises BadImage if an image cannot be used, and TemporaryError if the disk cannot be read or memory ran out.
+    """
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image: ...
@@ -56,19 +57,31 @@ class ImageArray:
 class ImageFiles:
     """Images on disk, decoded when they are asked for.
 
-    `sizes` are (width, height) of the upright images, as a scan of the headers found them; None without a scan. `stamps`, int64
-    (n, 2), are the bytes of each file and its time of change in nanoseconds at that scan (changes.py).
+    Attributes:
+        paths: the files.
+        sizes: (width, height) of the upright images, as a scan of the headers found them; None without a scan.
+        stamps: int64 (n, 2), the bytes of each file and its time of change in nanoseconds at that scan (changes.py).
+        max_pixels: largest width times height of an image (`data.max_pixels`).
     """
 
     paths: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...] | None = None
     stamps: np.ndarray | None = field(default=None, compare=False, repr=False)
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def data(self, index: int) -> bytes:
+        """Return the bytes of a file. Raises the errors of `disk.file_bytes` and `disk.check_disk`."""
+        try:
+            return file_bytes(self.paths[index])
+        except MissingFile:
+            check_disk(self.paths[index], self.paths)
+            raise
+
     def image(self, index: int) -> Image:
-        return read_image(self.paths[index])
+        return decode(self.data(index), self.max_pixels, self.paths[index])
 
     def name(self, index: int) -> str:
         return shown(self.paths[index])
@@ -119,8 +132,8 @@ class Source:
             files it is a hash of their names and dimensions alone, so it needs no decoding, and a run can resume after a damaged
             file was repaired.
         notes: lines that the user should see.
-        left_out: files of the training split that are not readable images, and the reasons; they have no number.
-        known_bad: numbers of training images that are known not to decode, and the reasons.
+        known_bad: numbers of training images that are known not to decode, and the reasons. Files whose header cannot be read
+            have the last numbers, and the size (0, 0): they may be repaired while a run is stopped.
     """
 
     train: Split
@@ -131,7 +144,6 @@ class Source:
     std: tuple[float, float, float]
     fingerprint: str
     notes: tuple[str, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
     known_bad: tuple[tuple[int, str], ...] = ()
 
     def normalization(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,63 +151,6 @@ class Source:
         import torch
 
         return torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
-
-
-def shown(path: str | Path) -> str:
-    """Return a path as messages show it: unchanged, or quoted with escapes if it would break the line or the encoding."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)
-
-
-def header(path: str | Path) -> tuple[int, int, int]:
-    """Return (width, height) of the upright image and its EXIF orientation, 1 to 8, from a file's header, in 70 microseconds.
-
-    Raises the same errors as `read_image`.
-    """
-    from PIL import Image
-
-    with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        if image.format == "TIFF":  # newer versions of Pillow have applied the orientation already, older ones have not
-            width, height = (image.tag_v2[tag] for tag in TIFF_SIZE)  # type: ignore[attr-defined]
-        # For a PNG without EXIF, Pillow's getexif would decode all pixels to search for a chunk behind them.
-        elif not any(word in str(key).lower() for key in image.info for word in ("exif", "xmp")):
-            return width, height, 1
-        orientation = image.getexif().get(ORIENTATION, 1)
-        orientation = orientation if orientation in range(1, 9) else 1
-        return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
-
-
-def header_size(path: str | Path) -> tuple[int, int]:
-    """Return (width, height) of the upright image, from the file's header."""
-    return header(path)[:2]
-
-
-def read_image(file: str | BinaryIO) -> Image:
-    """Decode one file to an upright RGB image.
-
-    Raises OSError or another of Pillow's errors if it cannot be decoded, or if its format is not among FORMATS.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(file, formats=FORMATS) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling
-            upright = Image.fromarray(np.clip(np.asarray(upright) >> 8, 0, 255).astype(np.uint8))
-        # Converting such an image from P to RGB directly makes Pillow warn for each image.
-        if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-        return upright.convert("RGB")
-
-
-def reason_of(error: BaseException) -> str:
-    """Return in one line what was wrong with a file."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "cannot identify image file" in text:  # Pillow repeats the path, or shows an address in memory
-        return "not an image of a known format"
-    return text if text.isprintable() else repr(text)
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

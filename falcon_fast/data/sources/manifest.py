@@ -2,7 +2,8 @@
 
 `falcon-fast data verify` writes it. Training then uses it in place of the headers and does not open files whose size and time of
 change are the same; images that cannot be decoded are in quarantine from the first step. A file that has changed is examined
-again. There is one CSV file per folder, in `$XDG_CACHE_HOME/falcon_fast/manifests` (`~/.cache/...`).
+again, and so is one that was too large. Only what a decoder said is written, never an error of the disk. There is one CSV file
+per folder, in `$XDG_CACHE_HOME/falcon_fast/manifests` (`~/.cache/...`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import contextlib
 import csv
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from falcon_fast.data.sources.images import header, read_image, reason_of
+from falcon_fast.data.sources.decoding import MAX_PIXELS, TOO_LARGE, Header, header, read_image
+from falcon_fast.data.sources.disk import NO_SUCH_FILE, BadImage, check_disk
 from falcon_fast.errors import UsageError
 from falcon_fast.files import Appended, writing, written_whole
 from falcon_fast.reading import csv_rows
 
 LARGEST_MANIFEST = 4 * 2**30  # bytes; ImageNet-21k's 14 million files take 1.3 GB
-COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "decoded", "reason")
+COLUMNS = ("file", "bytes", "changed", "width", "height", "orientation", "depth", "decoded", "reason")
 
 
 class Entry(NamedTuple):
@@ -33,6 +35,7 @@ class Entry(NamedTuple):
     width: int
     height: int
     orientation: int  # EXIF orientation, 1 to 8
+    depth: str  # what is special about the file (value_ranges.SCALING), or ""
     decoded: bool  # whether the whole file was decoded, not only its header
     reason: str  # why it cannot be decoded; empty if it can be, or if that was never tried
 
@@ -53,12 +56,12 @@ def read_manifest(root: Path) -> dict[str, Entry]:
     try:
         for row in csv_rows(manifest_path(root), LARGEST_MANIFEST, any_bytes=True):
             try:
-                name, size, changed, width, height, orientation, decoded, reason = row
+                name, size, changed, width, height, orientation, depth, decoded, reason = row
                 numbers = (int(size), int(changed), int(width), int(height), int(orientation))
             except ValueError:  # the header row, or the last row of a verification that was killed
                 continue
             if min(numbers) >= 0 and max(numbers) < 2**63 and 1 <= numbers[4] <= 8:
-                entries[name] = Entry(*numbers, decoded == "1", reason)
+                entries[name] = Entry(*numbers, depth, decoded == "1", reason)
     except (OSError, ValueError):  # a UsageError (no home directory) is a ValueError
         return {}
     return entries
@@ -80,48 +83,60 @@ def write_manifest(root: Path, entries: Mapping[str, Entry]) -> Path:
 
 
 def _row(name: str, entry: Entry) -> tuple[object, ...]:
-    return (name, *entry[:5], int(entry.decoded), entry.reason)
+    return (name, *entry[:6], int(entry.decoded), entry.reason)
 
 
-def examine(path: Path, whole: bool) -> Entry:
-    """Examine a file: decode it if `whole`, else read its header."""
-    size = changed = width = height = 0
-    orientation = 1
-    try:
+def examine(path: Path, whole: bool, max_pixels: int = MAX_PIXELS) -> Entry:
+    """Examine a file: decode it if `whole`, else read its header. Raises TemporaryError if the disk cannot be read."""
+    size = changed = 0
+    with contextlib.suppress(OSError):  # `header` says why
         status = path.stat()
         size, changed = status.st_size, status.st_mtime_ns
-        width, height, orientation = header(path)
+    found, reason = Header(0, 0, 1, ""), ""
+    try:
+        found = header(path, max_pixels)
         if whole:
-            read_image(str(path))
-        reason = ""
-    except Exception as error:  # Pillow's decoders raise many types
-        reason = reason_of(error)
-    return Entry(size, changed, width, height, orientation, whole, reason)
+            read_image(path, max_pixels)
+    except BadImage as error:
+        reason = str(error)
+    return Entry(size, changed, *found, whole, reason)
 
 
-def _unchanged(path: Path, entry: Entry) -> bool:
+def _holds(entry: Entry, path: Path, max_pixels: int) -> bool:
+    """Check whether an entry still tells the truth: the file has not changed, nor what is said about its number of pixels."""
     try:
         status = path.stat()
     except OSError:
         return False
-    return (status.st_size, status.st_mtime_ns) == (entry.bytes, entry.changed)
+    unchanged = (status.st_size, status.st_mtime_ns) == (entry.bytes, entry.changed)
+    return unchanged and TOO_LARGE not in entry.reason and entry.width * entry.height <= max_pixels
 
 
-def scan(root: Path, places: Sequence[Path], paths: Sequence[Path]) -> tuple[list[Entry], int]:
+def scan(
+    root: Path, places: Sequence[Path], paths: Sequence[Path], max_pixels: int = MAX_PIXELS
+) -> tuple[list[Entry], int]:
     """Return what is known of the files in these places of a folder, and how many entries of the manifest were out of date.
 
     An entry of the manifest is used if the file has not changed, otherwise the file's header is read. If entries were out of
     date, the manifest is written again.
+
+    max_pixels: largest width times height of an image.
+
+    Raises:
+        TemporaryError: the disk cannot be read.
     """
     known = read_manifest(root)
     names = [str(path.relative_to(root)) for path in paths]
 
     def look(index: int) -> Entry:
         entry = known.get(names[index])
-        return entry if entry and _unchanged(paths[index], entry) else examine(paths[index], whole=False)
+        path = paths[index]
+        return entry if entry and _holds(entry, path, max_pixels) else examine(path, False, max_pixels)
 
     with ThreadPoolExecutor() as pool:
         entries = list(pool.map(look, range(len(paths)), chunksize=256))
+    if (gone := next((i for i, entry in enumerate(entries) if entry.reason == NO_SUCH_FILE), None)) is not None:
+        check_disk(str(paths[gone]), list(map(str, paths)))
     if not known:
         return entries, 0
     found = dict(zip(names, entries, strict=True))
@@ -133,7 +148,13 @@ def scan(root: Path, places: Sequence[Path], paths: Sequence[Path]) -> tuple[lis
     return entries, differing
 
 
-def verify(root: Path, paths: Iterable[Path], bad: Callable[[Path, str], None], done: Callable[[], None]) -> int:
+def verify(
+    root: Path,
+    paths: Sequence[Path],
+    bad: Callable[[Path, str], None],
+    done: Callable[[], None],
+    max_pixels: int = MAX_PIXELS,
+) -> int:
     """Decode every file that the manifest does not list as decoded, and complete the manifest. Return how many files are bad.
 
     Rows are written as they are found, so a verification that was interrupted can be continued.
@@ -143,16 +164,23 @@ def verify(root: Path, paths: Iterable[Path], bad: Callable[[Path, str], None], 
         paths: its image files.
         bad: called with each bad file and the reason, also for those found bad earlier.
         done: called after each file.
+        max_pixels: largest width times height of an image.
 
     Raises:
         WriteError: the manifest cannot be written.
+        TemporaryError: the disk cannot be read, or memory ran out. What was found before is kept.
     """
-    known, entries = read_manifest(root), {}
+    known, entries, names = read_manifest(root), {}, list(map(str, paths))
     path = write_manifest(root, known)
 
     def look(each: Path) -> tuple[Path, Entry]:
         entry = known.get(str(each.relative_to(root)))
-        return each, entry if entry and entry.decoded and _unchanged(each, entry) else examine(each, whole=True)
+        if entry and entry.decoded and _holds(entry, each, max_pixels):
+            return each, entry
+        entry = examine(each, True, max_pixels)
+        if entry.reason == NO_SUCH_FILE:
+            check_disk(str(each), names)
+        return each, entry
 
     with Appended(path) as file, ThreadPoolExecutor() as pool:
         for each, entry in pool.map(look, paths):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from falcon_fast.data.sources.cifar import holds_cifar10, holds_cifar100, open_cifar10, open_cifar100
 from falcon_fast.data.sources.digits import open_digits
+from falcon_fast.data.sources.disk import ABOUT_THE_PATH, unreadable
 from falcon_fast.data.sources.folders import holds_imagenet100, open_folder, open_imagenet100
 from falcon_fast.data.sources.images import Source, shown
 from falcon_fast.data.sources.layout.archives import describe_file
@@ -28,11 +29,17 @@ _ORIGINAL: dict[str, Callable[[Path], bool]] = {
 }
 
 
+def root_of(config: DataConfig) -> Path:
+    """Return the folder of the images that `config` names, as an absolute path."""
+    return Path(os.path.abspath(os.path.expanduser(config.path)))
+
+
 def open_source(config: DataConfig) -> Source:
     """Return the source that `config` names. Its views have `data.size` pixels a side if that is set.
 
     Raises:
         UsageError: the path does not exist, holds no readable image, or does not belong to this kind of source.
+        TemporaryError: the disk cannot be read.
     """
     chosen = Chosen(config.train, config.test)
     if config.source == "digits":
@@ -52,9 +59,11 @@ def open_source(config: DataConfig) -> Source:
                 )
             return SMALL[config.source](root, config.size or 32, chosen)
         if config.source == "imagenet100":
-            return open_imagenet100(root, config.size, chosen)
-        return open_folder(root, config.size, chosen=chosen)
-    except OSError as error:  # no permission, or a name that is too long
+            return open_imagenet100(root, config.size, chosen, config.max_pixels)
+        return open_folder(root, config.size, chosen=chosen, max_pixels=config.max_pixels)
+    except OSError as error:
+        if error.errno not in ABOUT_THE_PATH:
+            raise unreadable(config.path, error) from None
         raise UsageError(f"--data {shown(config.path)}: {error.strerror or error}") from None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from falcon_fast.data.sources.images import reason_of
+from falcon_fast.data.sources.decoding import reason_of
 from falcon_fast.data.views.augmentation import Augmentation
 from falcon_fast.data.views.photometric import PhotometricTensors, augment
 from falcon_fast.data.views.photometric_compiled import fused

@@ -13,7 +13,8 @@ import torch
 
 from falcon_fast.data.loaders import dali, workers
 from falcon_fast.data.loaders.quarantine import Quarantine
-from falcon_fast.data.sources.images import ImageFiles, Split, header_size, read_image
+from falcon_fast.data.sources.decoding import header_size, read_image
+from falcon_fast.data.sources.images import ImageFiles, Split
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.photometric import to_tensors
 from falcon_fast.data.views.sampling import Clock

@@ -11,7 +11,7 @@ import torch
 
 from falcon_fast.data.loaders.evaluation import evaluation_batches
 from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import TemporaryError, UsageError
 
 from ..images import CPU, assert_no_workers_left, damage, torchvisions
 
@@ -60,6 +60,16 @@ def test_evaluation_of_photographs_is_torchvisions(shared: Path) -> None:
 def test_a_disk_that_goes_away_stops_the_evaluation(split: Split) -> None:
     for i in range(36):
         Path(split.images.name(i)).unlink()
+    for workers in (0, 2):
+        bad: dict[int, str] = {}
+        with pytest.raises(TemporaryError, match="is the disk still there"):
+            list(evaluation_batches(split, 8, CPU, bad=bad, workers=workers))
+        assert bad == {}
+
+
+def test_an_evaluation_of_damaged_images_alone_says_so(split: Split) -> None:
+    for i in range(36):
+        damage(Path(split.images.name(i)), "html")
     with pytest.raises(UsageError, match="none of 36 images can be decoded"):
         list(evaluation_batches(split, 8, CPU, bad={}))
 

@@ -7,19 +7,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from falcon_fast.config import load_recipe, override, validate
 from falcon_fast.data.loaders.quarantine import Quarantine, load_share
+from falcon_fast.data.sources.disk import BadImage
 from falcon_fast.data.sources.images import ImageArray
 from falcon_fast.data.views.augmentation import AUGMENTATIONS
 from falcon_fast.data.views.sampling import Clock
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import TemporaryError, UsageError
 from falcon_fast.training.run import prepare
 
 from ...fuzz import COUNTS, MIB, fuzz
 from ..images import smooth
 
 IMAGES = ImageArray(np.zeros((200, 2, 2, 3), np.uint8))
+
+
+class Flickering:
+    """200 images, of which some cannot be decoded at the moment."""
+
+    def __init__(self, broken: set[int]) -> None:
+        self.broken, self.away = broken, False
+        self.looked_at: list[int] = []
+
+    def __len__(self) -> int:
+        return 200
+
+    def image(self, index: int) -> Image.Image:
+        self.looked_at.append(index)
+        if self.away:
+            raise TemporaryError("the disk is away")
+        if index in self.broken:
+            raise BadImage("broken, at 5")
+        return Image.new("RGB", (2, 2))
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -29,18 +53,56 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_it_is_listed_once_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.csv"
-    first = Quarantine(IMAGES, 0.02, path, known={7: "verified"}, left_out=(("/x/a,b.jpg", "not an image"),))
+    images = Flickering({3, 7})
+    first = Quarantine(images, 0.02, path, known={7: "verified"})
     first.add(3, "broken, at 5")
     first.add(3, "again")
     expected = [
-        {"image": "", "file": "/x/a,b.jpg", "reason": "not an image"},
         {"image": "7", "file": "image 7", "reason": "verified"},
         {"image": "3", "file": "image 3", "reason": "broken, at 5"},
     ]
     assert rows(path) == expected
-    again = Quarantine(IMAGES, 0.02, path, known={7: "verified"}, left_out=(("/x/a,b.jpg", "not an image"),))
+    lines: list[str] = []
+    again = Quarantine(images, 0.02, path, known={7: "verified"}, say=lines.append)
     assert again.bad == {7: "verified", 3: "broken, at 5"}
-    assert rows(path) == expected
+    assert rows(path) == expected and lines == [] and images.looked_at == [3]
+
+
+def test_what_can_be_decoded_again_comes_back_and_leaves_the_list(tmp_path: Path) -> None:
+    path, images, lines = tmp_path / "quarantine.csv", Flickering({3, 7, 9}), []
+    first = Quarantine(images, 0.02, path)
+    for index in (9, 3, 7):
+        first.add(index, "broken, at 5")
+    images.broken = {7}
+    again = Quarantine(images, 0.02, path, say=lines.append)
+    assert again.bad == {7: "broken, at 5"} and rows(path) == [
+        {"image": "7", "file": "image 7", "reason": "broken, at 5"}
+    ]
+    assert lines == ["can be decoded again and come back from here on: image 9 and 1 more"]
+    images.broken = set()
+    assert Quarantine(images, 0.02, path, say=lines.append).bad == {} and not path.exists()
+    assert lines[1:] == ["can be decoded again and comes back from here on: image 7"]
+
+
+def test_a_list_beyond_the_limit_is_no_obstacle_when_the_files_are_good_again(tmp_path: Path) -> None:
+    path, images = tmp_path / "quarantine.csv", Flickering(set(range(5)))
+    first = Quarantine(images, 0.01, path)
+    with pytest.raises(UsageError, match="3 of 200"):
+        for index in range(5):
+            first.add(index, "broken")
+    with pytest.raises(UsageError, match="3 of 200"):
+        Quarantine(images, 0.01, path)
+    images.broken = set()
+    assert Quarantine(images, 0.01, path).bad == {}
+
+
+def test_a_disk_that_is_away_at_the_second_look_leaves_the_list_alone(tmp_path: Path) -> None:
+    path, images = tmp_path / "quarantine.csv", Flickering({3})
+    Quarantine(images, 0.01, path).add(3, "broken")
+    before, images.away = path.read_bytes(), True
+    with pytest.raises(TemporaryError):
+        Quarantine(images, 0.01, path)
+    assert path.read_bytes() == before
 
 
 def test_nothing_bad_leaves_no_file(tmp_path: Path) -> None:
@@ -55,15 +117,6 @@ def test_the_limit(fraction: float, allowed: int) -> None:
         quarantine.add(index, "broken")
     with pytest.raises(UsageError, match=rf"{allowed + 1} of 200 images cannot be decoded.*image {allowed} \(broken\)"):
         quarantine.add(allowed, "broken")
-
-
-def test_files_that_never_got_a_number_count() -> None:
-    out = (("a.jpg", "empty"), ("b.jpg", "empty"))
-    quarantine = Quarantine(IMAGES, 0.01, left_out=out)
-    with pytest.raises(UsageError, match="3 of 202"):
-        quarantine.add(0, "broken")
-    with pytest.raises(UsageError, match=r"2 of 202 .*a\.jpg \(empty\)"):
-        Quarantine(IMAGES, 0.005, left_out=out)
 
 
 def test_all_bad_is_too_many_whatever_is_allowed() -> None:
@@ -129,10 +182,28 @@ def test_a_share_stops_when_all_is_bad() -> None:
     clock, bad = Clock(0, 200, 50, AUGMENTATIONS["cifar-asymmetric"]), {}
 
     def load(index: int) -> int:
-        raise OSError("gone")
+        raise BadImage("broken")
 
     found = load_share(clock, clock.at(1), load, bad, 5)
     assert isinstance(found, dict) and len(found) == 6 and found == bad
+
+
+def test_a_share_names_all_bad_images_that_it_passes_over() -> None:
+    clock = Clock(0, 200, 50, AUGMENTATIONS["cifar-asymmetric"])
+    plan = clock.at(1)
+    first, second, other = plan.indices[[3, 4, 20]].tolist()
+    bad = {first: "known", 999: "elsewhere"}
+
+    def load(index: int) -> int:
+        if index in (second, other):
+            raise BadImage("found")
+        return index
+
+    share = load_share(clock, plan, load, bad, 10)
+    assert not isinstance(share, dict)
+    assert share.met == {first: "known", second: "found", other: "found"} and share.images == share.indices.tolist()
+    again = load_share(clock, plan, load, bad, 10)
+    assert not isinstance(again, dict) and again.met == share.met
 
 
 def test_too_many_known_beforehand_are_said_before_a_run_directory_is_made(tmp_path: Path) -> None:
@@ -141,5 +212,5 @@ def test_too_many_known_beforehand_are_said_before_a_run_directory_is_made(tmp_p
     for i in range(2):
         (tmp_path / f"garbage-{i}.jpg").write_bytes(b"garbage")
     settings = {"data.path": str(tmp_path), "training.batch_size": 4, "model.name": "resnet8", "loss.num_codes": 64}
-    with pytest.raises(UsageError, match=r"2 of 13 images .*garbage-0\.jpg .*`falcon-fast data verify` names them all"):
+    with pytest.raises(UsageError, match=r"2 of 13 images .*garbage-1\.jpg .*`falcon-fast data verify` names them all"):
         prepare(validate(override(load_recipe("folder"), settings)))

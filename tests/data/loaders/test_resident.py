@@ -14,7 +14,8 @@ from falcon_fast.config import DataConfig
 from falcon_fast.data.loaders import resident, workers
 from falcon_fast.data.loaders.batch import Batch
 from falcon_fast.data.loaders.quarantine import Quarantine
-from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split, header_size
+from falcon_fast.data.sources.decoding import header_size
+from falcon_fast.data.sources.images import ImageArray, ImageFiles, Split
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.data.views import crops_torch
 from falcon_fast.data.views.augmentation import AUGMENTATIONS

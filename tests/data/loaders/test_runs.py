@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 
 from falcon_fast.config import DataConfig, load_recipe, override, validate
+from falcon_fast.data.sources.listing import NAME as LISTING
 from falcon_fast.data.sources.opening import open_source
 from falcon_fast.errors import UsageError
 from falcon_fast.runs.directory import create_run_directory
@@ -36,11 +38,11 @@ TINY = {
 }
 
 
-def run_of(folder: Path, name: str, **changes: object) -> Run:
+def run_of(folder: Path, name: str, listing: Path | None = None, **changes: object) -> Run:
     settings = (
         TINY | {"data.path": str(folder), "data.loader": name} | {k.replace("__", "."): v for k, v in changes.items()}
     )
-    return prepare(validate(override(load_recipe("folder"), settings)))
+    return prepare(validate(override(load_recipe("folder"), settings)), listing=listing)
 
 
 def losses(directory: Path) -> list[str]:
@@ -61,7 +63,7 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
 
     def train(directory: Path, stop_after: int | None) -> None:
         torch.manual_seed(0)
-        run = run_of(folder, name)
+        run = run_of(folder, name, directory / LISTING if directory.exists() else None)
         if directory.exists():
             step, seconds = restore(run, directory)
         else:
@@ -89,10 +91,23 @@ def test_a_run_with_a_bad_file_resumes_bit_for_bit(name: str, folder: Path, tmp_
     listed = (tmp_path / "whole" / "quarantine.csv").read_text()
     assert str(victim) in listed and len(listed.splitlines()) == 2
     train(tmp_path / "broken", 5)  # past the checkpoint of step 4: the whole first epoch has been seen
-    victim.write_bytes(healthy)  # mended in between: it stays aside until the next run
+    shutil.copytree(tmp_path / "broken", tmp_path / "mended")
+    shutil.copytree(tmp_path / "broken", tmp_path / "gone")
     train(tmp_path / "broken", None)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
     assert (tmp_path / "broken" / "quarantine.csv").read_text() == listed
+    # Deleted while the run was stopped: it is as bad as before.
+    victim.unlink()
+    train(tmp_path / "gone", None)
+    assert losses(tmp_path / "gone") == losses(tmp_path / "whole")
+    assert (tmp_path / "gone" / "quarantine.csv").read_text().endswith("no such file\n")
+    # Mended while the run was stopped: it comes back.
+    victim.write_bytes(healthy)
+    lines.clear()
+    train(tmp_path / "mended", None)
+    assert sum("can be decoded again" in line and str(victim) in line for line in lines) == 1
+    assert losses(tmp_path / "mended")[:4] == losses(tmp_path / "whole")[:4] and len(losses(tmp_path / "mended")) == 6
+    assert not (tmp_path / "mended" / "quarantine.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,14 @@
-"""Decoding files to upright RGB, and the split that holds images out."""
+"""The split that holds images out, and splits without their bad images."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from falcon_fast.data.sources.images import ImageArray, Split, held_out, read_image, reason_of
-
-from .opened import folder
+from falcon_fast.data.sources.images import ImageArray, Split, held_out
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=200), st.booleans())
@@ -46,72 +39,6 @@ def test_the_larger_remainders_give_first_and_lonely_images_last() -> None:
 def test_the_held_out_images_are_drawn_not_the_last() -> None:
     _, out = held_out(None, 1000, 0.1)
     assert out[0] < 100 < 900 < out[-1] and 400 < out.mean() < 600
-
-
-@pytest.fixture
-def rgb() -> np.ndarray:
-    return np.random.RandomState(1).randint(0, 256, (6, 9, 3)).astype(np.uint8)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_stand_upright(orientation: int, rgb: np.ndarray, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(rgb).save(tmp_path / "x.png", exif=exif)
-    upright = {  # what the EXIF standard says the first row and the first column are
-        1: rgb,
-        2: rgb[:, ::-1],
-        3: rgb[::-1, ::-1],
-        4: rgb[::-1],
-        5: rgb.transpose(1, 0, 2),
-        6: np.rot90(rgb, -1),
-        7: rgb[::-1, ::-1].transpose(1, 0, 2),
-        8: np.rot90(rgb, 1),
-    }[orientation]
-    assert np.array_equal(np.asarray(read_image(str(tmp_path / "x.png"))), upright)
-
-
-def test_every_kind_of_image_becomes_rgb(rgb: np.ndarray, tmp_path: Path) -> None:
-    gray = rgb[..., 0]
-    as_gray = np.repeat(gray[..., None], 3, 2)
-    deep = np.random.RandomState(2).randint(0, 65536, gray.shape).astype(np.uint16)
-    palette = Image.fromarray(rgb).quantize(64)
-    opacity = bytes(range(64))
-    kinds: dict[str, tuple[Image.Image, dict[str, Any], np.ndarray]] = {
-        "rgb.png": (Image.fromarray(rgb), {}, rgb),
-        "rgb.bmp": (Image.fromarray(rgb), {}, rgb),
-        "rgb.ppm": (Image.fromarray(rgb), {}, rgb),
-        "rgb.webp": (Image.fromarray(rgb), {"lossless": True}, rgb),
-        "gray.png": (Image.fromarray(gray), {}, as_gray),
-        "gray.pgm": (Image.fromarray(gray), {}, as_gray),
-        "gray-alpha.png": (Image.merge("LA", [Image.fromarray(gray)] * 2), {}, as_gray),
-        "rgba.png": (Image.fromarray(np.dstack([rgb, np.full_like(gray, 200)])), {}, rgb),
-        "palette.png": (palette, {}, np.asarray(palette.convert("RGB"))),
-        "palette-alpha.png": (palette, {"transparency": opacity}, np.asarray(palette.convert("RGB"))),
-        "bits.png": (Image.fromarray(gray > 127), {}, np.where(as_gray > 127, 255, 0)),
-        "deep.png": (Image.fromarray(deep), {}, np.repeat((deep // 256)[..., None], 3, 2)),
-        "deep.tif": (Image.fromarray(deep), {}, np.repeat((deep // 256)[..., None], 3, 2)),
-        "deeper.tif": (Image.fromarray(np.full((4, 4), 10**6, np.int32)), {}, np.full((4, 4, 3), 255)),
-        "cmyk.tif": (Image.new("CMYK", (4, 4), (255, 0, 0, 0)), {}, np.full((4, 4, 3), (0, 255, 255))),
-    }
-    for name, (image, options, expected) in kinds.items():
-        image.save(tmp_path / name, **options)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            read = read_image(str(tmp_path / name))
-        assert read.mode == "RGB", name
-        assert np.array_equal(np.asarray(read), expected), name
-    source = folder(tmp_path)
-    assert len(source.train.images) + len(source.test.images) == len(kinds)
-
-
-def test_reasons_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_bytes(b"<html>")
-    with pytest.raises(OSError) as caught:
-        Image.open(tmp_path / "x.jpg")
-    assert reason_of(caught.value) == "not an image of a known format"
-    assert reason_of(OSError("two\n lines")) == "two lines" and reason_of(ValueError()) == "ValueError"
-    assert reason_of(FileNotFoundError(2, "No such file", "x")) == "no such file"
 
 
 def test_a_split_without_its_bad_images_keeps_the_others_in_order() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from falcon_fast.config import DataConfig
 from falcon_fast.data.sources import manifest
+from falcon_fast.data.sources.decoding import header, read_image
 from falcon_fast.data.sources.folders import image_paths
-from falcon_fast.data.sources.images import header, read_image
 from falcon_fast.data.sources.opening import open_source
 
 from ...fuzz import COUNTS, MIB, fuzz
@@ -53,9 +54,9 @@ def test_verify_goes_on_where_it_was(photo_folder: Path, monkeypatch: pytest.Mon
     paths, seen = image_paths(photo_folder), []
     examine = manifest.examine
 
-    def counted(path: Path, whole: bool) -> manifest.Entry:
+    def counted(path: Path, *options: Any) -> manifest.Entry:
         seen.append(path)
-        return examine(path, whole)
+        return examine(path, *options)
 
     monkeypatch.setattr(manifest, "examine", counted)
     done = 0
@@ -85,7 +86,7 @@ def test_training_starts_with_what_verify_found(photo_folder: Path, data, monkey
     assert unverified.known_bad == ()
     data("verify", photo_folder)
     opened = []
-    monkeypatch.setattr(manifest, "header", lambda path: opened.append(path) or header(path))
+    monkeypatch.setattr(manifest, "header", lambda *given: opened.append(given) or header(*given))
     source = open_source(DataConfig(path=str(photo_folder)))
     assert opened == []
     assert len(source.known_bad) == 1 and source.known_bad[0][0] == 4 and "truncated" in source.known_bad[0][1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from falcon_fast.data.views.evaluation_view import evaluation_view
+from falcon_fast.data.views.evaluation_view import LONGEST, evaluation_view
 
 from ..images import torchvisions
 
@@ -44,3 +45,29 @@ def test_awkward_shapes_still_give_whole_views() -> None:
     images = [noise(1, 1), noise(1, 9), noise(9, 1), noise(257, 3), noise(333, 227)]
     for size in (7, 96):
         assert [view.shape for view in evaluated(images, size)] == [(size, size, 3)] * 5
+
+
+@pytest.mark.parametrize(("width", "height"), [(330, 20), (20, 330), (2, 500), (500, 2), (1, 300), (900, 31)])
+@pytest.mark.parametrize("size", [32, 224])
+def test_long_images_are_cropped_first_and_look_the_same(width: int, height: int, size: int) -> None:
+    image = noise(width, height)
+    assert max(image.size) > LONGEST * min(image.size)
+    expected = torchvisions(image, 256 if size == 224 else 32, size).astype(int)
+    difference = np.abs(evaluated([image], size)[0] - expected)
+    assert (
+        difference.max() <= 3 and difference.mean() < 0.02
+    )  # Pillow may take the columns first, and rounds in between
+
+
+@pytest.mark.parametrize("shape", [(2, 20000), (20000, 2), (1, 60000), (3200, 200), (200, 3201)])
+def test_no_image_of_more_pixels_than_stated_is_made(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, size: tuple[int, int], *arguments: object, **options: object) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    assert evaluation_view(Image.new("RGB", shape), 224).size == (224, 224)
+    assert 0 < max(made) <= LONGEST * 256**2

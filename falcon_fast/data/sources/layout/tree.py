@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from falcon_fast.data.sources.disk import ABOUT_THE_PATH, unreadable
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 LOOKED_AT = EXTENSIONS | {".gif"}  # no loader reads GIF; it is reported as unreadable rather than ignored
 
@@ -97,6 +99,7 @@ def walk(root: str | Path, wanted: Callable[[str], bool] = lambda path: True) ->
 
     Raises:
         OSError: the folder itself cannot be listed.
+        TemporaryError: the disk cannot be read.
     """
     top = Folder(str(root))
     followed: set[tuple[int, int]] = set()
@@ -108,6 +111,8 @@ def walk(root: str | Path, wanted: Callable[[str], bool] = lambda path: True) ->
         try:
             _list(folder, followed, wanted)
         except OSError as error:
+            if error.errno not in ABOUT_THE_PATH:
+                raise unreadable(folder.path, error) from None
             if folder is top:
                 raise
             folder.problems.append((folder.path, error.strerror or str(error)))
@@ -152,6 +157,8 @@ def _follow(
     try:
         status = entry.stat()
     except OSError as error:
+        if error.errno not in ABOUT_THE_PATH:
+            raise unreadable(entry.path, error) from None
         folder.problems.append((entry.path, f"a link that leads nowhere ({error.strerror})"))
         return
     if not entry.is_dir():
