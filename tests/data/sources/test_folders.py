@@ -341,7 +341,10 @@ def test_imagenet_as_unpacked(tmp_path: Path) -> None:
         assert source.test.labels is not None
         found = [source.classes[label] for label in source.test.labels]
         assert found == [*chosen, *others, chosen[0]]
-        assert "test/ (4 images; no class folders, so no labels)" in source.notes[0]
+        assert (
+            "test/ (4 images; no class folders, and LOC_val_solution.csv does not help: it names none"
+            in source.notes[0]
+        )
         assert f"its labels from {tmp_path}/LOC_val_solution.csv" in source.notes[0]
         assert "1 image of the test split without a label in the list left out" in source.notes
 

@@ -214,7 +214,8 @@ def _test_of(train: Folder, testing: Sequence[Folder], top: Folder) -> tuple[Fol
         if listed is not None and not listed.reason:
             usable[each] = listed
         else:
-            left_out[each] = f"{listed.name}: {listed.reason}" if listed else "no class folders, so no labels"
+            why = f"and {listed.name} does not help: {listed.reason}" if listed else "so no labels"
+            left_out[each] = f"no class folders, {why}"
     kinds = {each: role.kind for each in testing if (role := role_of(each.name)) is not None}
     best = min((KINDS.index(kinds[each]) for each in usable), default=0)
     chosen = [each for each in usable if kinds[each] == KINDS[best]]
