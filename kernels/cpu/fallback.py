@@ -83,7 +83,7 @@ def prior_columns(
     log_ratio = log_pbar + math.log(c)
     weight[:, here] = torch.exp(t) if forward else log_ratio
     if forward:
-        q[:, here] = torch.exp(t - log_pbar) * (-1 / c)
+        q[:, here] = torch.exp((t - log_pbar).clamp(max=log_rows)) * (-1 / c)  # pbar is at least the peak over the rows
         term = log_pbar * (-1 / c)
     else:
         q[:, here] = torch.exp(t) * log_ratio

@@ -266,6 +266,7 @@ void row_statistics(const float *z1, const float *z2, std::size_t width, std::si
     }
 }
 
+// Returns the second of the two if one is NaN.
 ALWAYS_INLINE Floats smaller(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
@@ -324,7 +325,8 @@ double prior_columns(const float *peak, const float *log_sum, float log_rows, fl
         const Floats e = exponential(t), log_ratio = log_pbar + log_codes;
         Floats scaled, term;
         if (forward) {
-            scaled = exponential(t - log_pbar) * (-1.0f / codes);
+            // pbar is at least the peak over the number of rows; the rounding of logits of 1e10 would exceed that by far.
+            scaled = exponential(smaller(splat(log_rows), t - log_pbar)) * (-1.0f / codes);
             term = log_pbar * (-1.0f / codes);
         } else {
             scaled = e * log_ratio;
