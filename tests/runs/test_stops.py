@@ -85,9 +85,10 @@ def figures(run: Path) -> Figures:
     with (run / "metrics.csv").open() as file:
         rows = [tuple(row[c] for c in COLUMNS[: -len(TIMINGS)]) for row in csv.DictReader(file)]
     result = json.loads((run / "result.json").read_text())
+    # By the names of the tensors: which process writes which of those that all hold is not part of the result.
     shards = {
         path.name: {
-            f"{shard.name} {name}": array.tobytes()
+            name: array.tobytes()
             for shard in sorted(path.glob("*.safetensors"))
             for name, array in load_file(shard).items()
         }
@@ -266,7 +267,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
             before = len(log.read_text()) if log.exists() else 0
             kept = checkpoint.complete(run / "checkpoints")
             processes = launch(host, world, images, run, log, *workers)
-            time.sleep(draw.uniform(0.02, 1.0) * duration[world])
+            time.sleep(draw.uniform(0.02, 0.8) * duration[world])
             victims = processes if draw.random() < 0.5 else [draw.choice(processes)]
             moment = moment_of(run, log.read_text()[before:])
             sent = stop(kind, victims)
@@ -276,7 +277,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
             assert host.orphans() == [], (kind, moment, world)
             assert len(checkpoint.complete(run / "checkpoints")) >= len(kept)
             finished = (run / "result.json").exists()
-            if sent:
+            if sent and moment != "end":
                 stops += 1
                 code = "/".join(map(str, sorted({c for c in codes if c is not None})))
                 table[(kind, moment, world, code)] += 1
