@@ -85,9 +85,10 @@ def figures(run: Path) -> Figures:
     with (run / "metrics.csv").open() as file:
         rows = [tuple(row[c] for c in COLUMNS[: -len(TIMINGS)]) for row in csv.DictReader(file)]
     result = json.loads((run / "result.json").read_text())
+    # By the names of the tensors: which process writes which of those that all hold is not part of the result.
     shards = {
         path.name: {
-            f"{shard.name} {name}": array.tobytes()
+            name: array.tobytes()
             for shard in sorted(path.glob("*.safetensors"))
             for name, array in load_file(shard).items()
         }
@@ -233,6 +234,29 @@ def stop(kind: str, victims: list[int]) -> bool:
     return sent
 
 
+def reach_a_moment(draw: random.Random, run: Path, log: Path, before: int) -> None:
+    """Wait for a random moment of a run: while it starts, after some more steps, while it saves, or while it evaluates.
+
+    before: the length of the log when the run was started.
+    """
+
+    def rows() -> int:
+        return len((run / "metrics.csv").read_text().splitlines()) if (run / "metrics.csv").exists() else 0
+
+    where = draw.choices(("starting", "training", "saving", "evaluating"), (2, 4, 2, 2))[0]
+    pause, target = draw.uniform(0.0, 0.5), rows() + draw.randint(1, 6)
+    end = time.monotonic() + (pause if where == "starting" else 30)
+    while time.monotonic() < end and not (run / "result.json").exists():
+        if where == "training" and rows() >= target:
+            return
+        if where == "saving" and rows() > 1 and list(run.glob("checkpoints/.step-*.partial")):
+            return
+        if where == "evaluating" and "evaluating" in log.read_text()[before:]:
+            time.sleep(pause / 2)
+            return
+        time.sleep(0.002)
+
+
 def moment_of(run: Path, log: str) -> str:
     """Where a run was when it was stopped, from what it had written by then."""
     if (run / "result.json").exists():
@@ -266,7 +290,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
             before = len(log.read_text()) if log.exists() else 0
             kept = checkpoint.complete(run / "checkpoints")
             processes = launch(host, world, images, run, log, *workers)
-            time.sleep(draw.uniform(0.02, 1.0) * duration[world])
+            reach_a_moment(draw, run, log, before)
             victims = processes if draw.random() < 0.5 else [draw.choice(processes)]
             moment = moment_of(run, log.read_text()[before:])
             sent = stop(kind, victims)
@@ -276,7 +300,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
             assert host.orphans() == [], (kind, moment, world)
             assert len(checkpoint.complete(run / "checkpoints")) >= len(kept)
             finished = (run / "result.json").exists()
-            if sent:
+            if sent and moment != "end":
                 stops += 1
                 code = "/".join(map(str, sorted({c for c in codes if c is not None})))
                 table[(kind, moment, world, code)] += 1
@@ -286,7 +310,7 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
                     "SIGKILL": {-9, 1, 0},
                     "worker SIGKILL": {75, 1, 0},
                     "SIGSTOP": {0},
-                }.get(kind, {130, 1, 0} if len(victims) < world else {130})
+                }.get(kind, {130, 1, 0} if len(victims) < world or (world, kind) == (2, "SIGINT twice") else {130})
                 assert set(codes) <= allowed, (kind, moment, world, codes, text)
                 if kind not in ("SIGKILL", "SIGSTOP", "worker SIGKILL") and not finished:
                     assert 130 in codes, (kind, moment, world, codes, text)
