@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from falcon_fast.config import DataConfig
+from falcon_fast.errors import TemporaryError
 
 from .opened import folder, names, opened, refusal, refused, save
 
@@ -196,6 +198,25 @@ def test_a_folder_that_cannot_be_listed_is_counted(image_folder: Path, monkeypat
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert any(note.startswith("1 file ") and "closed" in note for note in folder(image_folder).notes)
+
+
+@pytest.mark.parametrize("where", ["dark", "images"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_while_it_is_listed_is_no_smaller_folder(
+    where: str, number: int, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def fail(path: str) -> Any:
+        if str(path).endswith(where):
+            raise OSError(number, os.strerror(number), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(
+        TemporaryError, match=rf"{where} cannot be read: {os.strerror(number)} .*is the disk still there"
+    ):
+        folder(image_folder)
 
 
 def test_names_that_would_break_a_line_are_quoted(image_folder: Path) -> None:
