@@ -55,14 +55,14 @@ def kept_rows(content: bytes, until: int, recorded: object, columns: Sequence[st
 def _rows(content: bytes, columns: Sequence[str]) -> tuple[list[dict[str, str]], int]:
     """Return the rows whose values are numbers, and how many others there are. A missing header is replaced by `columns`."""
     lines = content.decode("utf-8", errors="replace").replace("\0", "\ufffd").splitlines()
-    header = next(csv.reader(lines[:1]), []) if lines else []
+    header = _values(lines[0]) if lines else []
     has_header = "step" in header
     names = header if has_header else list(columns)
     good: list[dict[str, str]] = []
     bad = 0 if has_header or not lines else 1
     for line in lines[1:] if has_header else lines:
         try:
-            values = next(csv.reader(io.StringIO(line)), [])
+            values = _values(line)
         except csv.Error:  # a field longer than any of ours
             values = []
         row = dict(zip(names, values, strict=False))
@@ -75,6 +75,14 @@ def _rows(content: bytes, columns: Sequence[str]) -> tuple[list[dict[str, str]],
 
 def _is_step(text: str) -> bool:
     return len(text) < 16 and text.isascii() and text.isdecimal()
+
+
+def _values(line: str) -> list[str]:
+    """Return the values of a line; none if it is no line of a CSV file (a field of more than 131,072 characters)."""
+    try:
+        return next(csv.reader(io.StringIO(line)), [])
+    except csv.Error:
+        return []
 
 
 def _is_number(text: str) -> bool:

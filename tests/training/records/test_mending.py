@@ -151,6 +151,14 @@ def test_an_older_file_with_fewer_columns_goes_on(tmp_path: Path) -> None:
     ]
 
 
+def test_a_line_without_end_is_no_row(written: tuple[Path, dict]) -> None:
+    """Longer than Python's reader takes, as a header and as a row."""
+    content = written[0].read_bytes()
+    long = b"step" + b'"' * 200_000 + b"\n"
+    assert [row["step"] for row in kept_rows(content + long, SAVED, None, COLUMNS).rows] == ["10", "20", "30"]
+    assert kept_rows(long, SAVED, None, COLUMNS).rows == []
+
+
 def test_an_older_copy_is_never_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     for name in ("metrics.csv.bak", "metrics.csv.bak-2", "metrics.csv.bak-3"):
