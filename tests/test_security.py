@@ -45,6 +45,7 @@ JUSTIFIED = {
     ("training.distributed.processes", "all_gather_object"): "objects of this run, between the processes of this run",
     ("config.toml", "tomllib.loads"): "the recipes of the package",
     ("models.exported", "json.loads"): "a value of at most 1,000 characters, of which three numbers are taken",
+    ("data.sources.listing", "json.loads"): "lines of a run's list of files, of limited length and number",
     ("reading", "json.loads"): "behind the limits of this module",
     ("reading", "tomllib.loads"): "behind the limits of this module",
 }

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, cast
 
 import click
 
 from falcon_fast.cli.options import configured, default_recipe, overrides_of, training_options
 from falcon_fast.config import check_allowed
 from falcon_fast.errors import RunStopped, UsageError
+
+if TYPE_CHECKING:
+    from falcon_fast.config import Config
+    from falcon_fast.runs import start
 
 
 @click.command(short_help="Train a network, then evaluate it.")
@@ -71,26 +75,7 @@ def train(
     from falcon_fast.training.records.console import SteadyOutput
     from falcon_fast.training.session import write_errors
 
-    how: start.How
-    notes: list[str] = []
-    overrides = overrides_of(options, settings)
-    if continuing and (resume is not None or run_dir is None):
-        raise UsageError("--continue needs --run-dir RUN and conflicts with --resume: drop --resume and give --run-dir")
-    if allowed and not (resume or continuing):
-        raise UsageError("--allow-change is for a run that has begun: give --resume RUN, or --run-dir RUN --continue")
-    check_allowed(allowed)
-    found = None
-    if resume == Path("auto"):
-        found = resume = resuming.newest_run(
-            Path("runs"), default_recipe(recipe, overrides), overrides.get("data.path")
-        )
-        recipe = None
-    if resume is not None:
-        fixed = "--recipe" if recipe else "--run-dir" if run_dir else None
-        how, directory, asked = "resume", resume, start.resumed_config(resume, overrides, fixed)
-    else:
-        how, asked = "continue" if continuing else "new", configured(recipe, overrides, notes.append)
-        directory = run_dir or start.default_directory(asked)
+    how, directory, asked, notes = _asked(recipe, run_dir, resume, continuing, allowed, overrides_of(options, settings))
     config = asked if how == "new" else resuming.expected(directory, asked)
 
     signals.stop_line(lambda: "stopped before anything was written")
@@ -103,9 +88,6 @@ def train(
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
-
-    if found is not None:
-        say(f"--resume auto: {found} is the newest run of this recipe")
 
     def kept() -> str:
         return start.how_to_continue(directory)
@@ -147,3 +129,47 @@ def train(
         for table in result_tables(result):
             console.print(table)
         say(f"everything is in {directory}")
+
+
+class _Asked(NamedTuple):
+    """What the command asks for.
+
+    Attributes:
+        how: begin a new run, resume one, or whichever of the two fits.
+        directory: the run directory, which a new run without `--run-dir` may still change.
+        config: the settings.
+        notes: lines for the user.
+    """
+
+    how: start.How
+    directory: Path
+    config: Config
+    notes: list[str]
+
+
+def _asked(
+    recipe: str | None,
+    run_dir: Path | None,
+    resume: Path | None,
+    continuing: bool,
+    allowed: tuple[str, ...],
+    overrides: dict[str, Any],
+) -> _Asked:
+    """Return what the options ask for. Raises UsageError if they contradict each other."""
+    from falcon_fast.runs import resuming, start
+
+    if continuing and (resume is not None or run_dir is None):
+        raise UsageError("--continue needs --run-dir RUN and conflicts with --resume: drop --resume and give --run-dir")
+    if allowed and not (resume or continuing):
+        raise UsageError("--allow-change is for a run that has begun: give --resume RUN, or --run-dir RUN --continue")
+    check_allowed(allowed)
+    notes: list[str] = []
+    if resume is None:
+        config = configured(recipe, overrides, notes.append)
+        return _Asked("continue" if continuing else "new", run_dir or start.default_directory(config), config, notes)
+    if resume == Path("auto"):
+        resume = resuming.newest_run(Path("runs"), default_recipe(recipe, overrides), overrides.get("data.path"))
+        notes.append(f"--resume auto: {resume} is the newest run of this recipe")
+        recipe = None
+    fixed = "--recipe" if recipe else "--run-dir" if run_dir else None
+    return _Asked("resume", resume, start.resumed_config(resume, overrides, fixed), notes)

@@ -123,6 +123,10 @@ def validate(config: Config) -> Config:
             f"Hadamard codes need an embedding dimension that is a power of two and divides the number of codes, not {f} and "
             f"{c}: change --embedding-dim or --num-codes, or use --codes rademacher"
         )
+    if loss.codes == "hadamard" and loss.plan == "stored":
+        raise UsageError(
+            "loss.plan=stored is for Rademacher codes, logits of Hadamard codes are not stored: use loss.plan=auto"
+        )
     try:
         tau = temperature(f, c, loss.temperature_batch, loss.epsilon)
     except ValueError as error:

@@ -14,7 +14,7 @@ from falcon_fast.reading import csv_records, one_line
 if TYPE_CHECKING:
     from rich.table import Table
 
-LARGEST_METRICS = 256 * 2**20  # bytes of metrics.csv; a row has 150, so these are 1.7 million rows
+LARGEST_METRICS = 64 * 2**20  # bytes of metrics.csv; a row has 150, so these are 440,000 rows
 LARGEST_NUMBER = 1e15  # matplotlib's axes overflow long before the largest float
 ROWS = (("raw_pixels", "raw pixels"), ("random_init", "random weights"), ("trained", "trained by FALCON"))
 COLLAPSE = (

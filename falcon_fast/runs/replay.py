@@ -8,7 +8,6 @@ bit for bit. Nothing in the run directory is changed.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from contextlib import closing
@@ -17,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from falcon_fast.config import Config, load_config, override, validate
-from falcon_fast.data.loaders.quarantine import Quarantine
+from falcon_fast.data.loaders.quarantine import LARGEST_LIST, Quarantine
 from falcon_fast.data.sources.listing import NAME as LISTING
 from falcon_fast.errors import UsageError
+from falcon_fast.evaluation.report import LARGEST_METRICS
 from falcon_fast.kernels.torch_private import grad_scaler_state
+from falcon_fast.reading import csv_records, one_line
 from falcon_fast.runs.layer_statistics import Layer, Row, Watch, first_bad
 from falcon_fast.training.bad_steps import batch_images, image_named
 from falcon_fast.training.checkpoints import checkpoint
+from falcon_fast.training.checkpoints.restore import unfit
 from falcon_fast.training.checkpoints.storage import Reader
 from falcon_fast.training.inputs import feed_of, photometric_of
 from falcon_fast.training.memory import out_of_memory
@@ -213,10 +215,8 @@ def _differences(saved: Config, run: Run, checkpoints: list[Path]) -> list[str]:
 
 
 def _restore(run: Run, path: Path) -> None:
-    facts = checkpoint.read_facts(path)
-    for key, value in run.facts.items():
-        if key in facts and facts[key] != value:
-            raise UsageError(f"cannot replay from {path}: its {key} was {facts[key]}, now it is {value}")
+    if reason := unfit(run, checkpoint.verify(path)):
+        raise UsageError(f"cannot replay from {path}: {reason}")
     checkpoint.load(path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state())
 
 
@@ -225,19 +225,18 @@ def _known_bad(run: Run, directory: Path) -> dict[int, str]:
     known, path = dict(run.source.known_bad), directory / "quarantine.csv"
     if path.exists():
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                known |= {int(row["image"]): row["reason"] for row in csv.DictReader(file) if row["image"]}
-        except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
-            raise UsageError(f"{path} is damaged ({error})") from None
+            known |= {int(row["image"]): row["reason"] for row in csv_records(path, LARGEST_LIST) if row["image"]}
+        except (OSError, KeyError, ValueError) as error:
+            raise UsageError(f"{path} is damaged ({one_line(error)})") from None
     return known
 
 
 def _recorded(path: Path, step: int) -> float | None:
     """Return the loss of a step in metrics.csv, None if there is no such row."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return next((float(row["loss"]) for row in csv.DictReader(file) if row["step"] == str(step)), None)
-    except (OSError, KeyError, ValueError, TypeError, csv.Error):
+        rows = csv_records(path, LARGEST_METRICS)
+        return next((float(row["loss"]) for row in rows if row["step"] == str(step)), None)
+    except (OSError, KeyError, ValueError):
         return None
 
 

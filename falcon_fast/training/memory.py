@@ -57,10 +57,6 @@ def check_fits(run: Run) -> None:
         name, peak, _ = loss_plan(run)
     except ValueError as error:
         raise UsageError(f"loss.memory_budget={loss.memory_budget} cannot be kept: {error}") from None
-    if name == "hadamard" and loss.plan == "stored":
-        raise UsageError(
-            "loss.plan=stored is for Rademacher codes, logits of Hadamard codes are not stored: use loss.plan=auto"
-        )
     if loss.memory_budget and peak > loss.memory_budget * 2**20:
         raise UsageError(
             f"loss.memory_budget={loss.memory_budget} cannot be kept: the {name} plan needs {peak / 2**20:,.0f} MiB: raise it, "

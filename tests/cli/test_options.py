@@ -27,7 +27,18 @@ COMMANDS = dict(commands(cli))
 
 
 def test_all_commands_are_found():
-    names = {"train", "evaluate", "plan", "profile", "info", "data", "data verify", "data pack", "data preview"}
+    names = {
+        "train",
+        "evaluate",
+        "replay",
+        "plan",
+        "profile",
+        "info",
+        "data",
+        "data verify",
+        "data pack",
+        "data preview",
+    }
     assert set(COMMANDS) == {"falcon-fast", *(f"falcon-fast {name}" for name in names)}
 
 

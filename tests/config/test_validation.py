@@ -107,3 +107,8 @@ def test_values_at_the_edge_are_valid() -> None:
     validate(override(Config(), {"loss.codes": "hadamard", "loss.embedding_dim": 1, "loss.num_codes": 2}))
     validate(override(Config(), {"loss.epsilon": 1 / 16385, "optimizer.lr": 1e-12, "optimizer.momentum": 0.999}))
     validate(override(Config(), {"training.precision": "bf16", "optimizer.ema_decay": 0.9999}))
+
+
+def test_hadamard_codes_have_no_stored_plan() -> None:
+    config = override(Config(), {"loss.codes": "hadamard", "loss.plan": "stored"})
+    assert "logits of Hadamard codes are not stored: use loss.plan=auto" in one_line(validate, config)

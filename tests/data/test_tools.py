@@ -107,7 +107,7 @@ def test_a_preview_of_the_digits_and_around_a_bad_file(photo_folder: Path, tmp_p
         (["pack", "photos", "photos/a/out"], "lies inside"),
         (["pack", "photos", "file"], "file cannot be created: File exists"),
         (["preview", "photos", "-o", "x.jpg"], "ends in .png"),
-        (["preview", "photos", "-o", "x.png", "--size", "1000000"], "give a smaller --size"),
+        (["preview", "photos", "-o", "x.png", "--size", "1000000"], "data.size must be at most 4096"),
         (["preview", "photos", "-o", "x.png", "--loader", "synthetic"], "shows no images"),
         (["preview", "photos", "-o", "no/such/x.png"], "No such file"),
         (["preview", "photos", "-o", "x.png", "--loader", "dalli"], "did you mean 'dali'"),

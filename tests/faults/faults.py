@@ -34,8 +34,8 @@ REPORTING = (
     Fault(
         "the curves' x axis",
         "falcon_fast/evaluation/report.py",
-        '(float(row["epoch"]), float(row[column]))',
-        '(float(row["step"]), float(row[column]))',
+        'numbers.get("epoch", math.nan)',
+        'numbers.get("step", math.nan)',
         "tests/evaluation/test_report.py::test_what_was_not_measured_is_a_gap_and_qualities_share_an_axis",
         "steps under the label `epoch`",
     ),

@@ -18,6 +18,8 @@ from falcon_fast.errors import UsageError
 from falcon_fast.models.exported import backbone_metadata, load_backbone, load_weights, read_backbone_facts
 from falcon_fast.models.network import build_backbone
 
+from ..fuzz import COUNTS, MIB, fuzz
+
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.25, 0.125), (0.2, 0.3, 0.4)
 # Model, image size, and the stem that `auto` stands for.
@@ -189,3 +191,12 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         read_backbone_facts(tmp_path / "none")
     with pytest.raises(UsageError, match="not a file"):
         read_backbone_facts(str(tmp_path))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_mutations_are_loaded_or_refused_in_one_line(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "b.safetensors"
+    saved(path, MODELS["resnet8"][0], 32)
+
+    outcome = fuzz(lambda: load_backbone(path, CPU), [path], count, name="backbone.safetensors", memory=256 * MIB)
+    assert outcome.refused > count // 10 and outcome.accepted > count // 50

@@ -150,8 +150,8 @@ def test_a_gradient_that_overflows_is_found_where_it_begins(whole, monkeypatch):
     """In float16 autocast a huge scale makes the gradient of a layer infinite, while the forward pass is finite."""
     prepare = replays.prepare
 
-    def prepared(*arguments):
-        run = prepare(*arguments)
+    def prepared(*arguments, **options):
+        run = prepare(*arguments, **options)
         stage = run.network.backbone.stages[1]
         stage.register_forward_hook(lambda m, i, o: (o.register_hook(lambda g: g * torch.inf), o)[1])
         return run
@@ -182,10 +182,9 @@ def test_a_step_that_the_run_does_not_have(whole, step):
 
 def test_another_data_set_is_refused(whole, tmp_path):
     directory = shutil.copytree(whole, tmp_path / "run")
-    for path in checkpoint.complete(directory / "checkpoints"):
-        text = (path / "run.json").read_text()
-        (path / "run.json").write_text(text.replace('"seed": 0', '"seed": 7'))
-    with pytest.raises(UsageError, match=r"cannot replay.*seed"):
+    config = directory / "config.toml"
+    config.write_text(config.read_text().replace("seed = 0", "seed = 7"))
+    with pytest.raises(UsageError, match=r"cannot replay.*training.seed: 0 -> 7"):
         replays.replay(directory, 22)
     with pytest.raises(UsageError, match="no such run"):
         replays.replay(tmp_path / "nothing", 1)

@@ -33,7 +33,7 @@ class Two(Processes):
     """Process 0 of two, the other of which has found image 3 unreadable."""
 
     def everyone(self, value):
-        return [value, {3: "truncated"} if isinstance(value, dict) else None]
+        return [value, ({3: "truncated"}, {}) if isinstance(value, tuple) else None]
 
 
 def test_what_one_process_finds_unreadable_all_know(tmp_path):

@@ -128,12 +128,3 @@ def test_a_loss_beyond_the_free_memory_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: peak - 1)
     with pytest.raises(UsageError, match="--accumulate 2; or --batch-size 32"):
         memory.check_fits(run)
-
-
-def test_a_stored_plan_of_hadamard_codes_is_refused_where_the_kernels_have_none(monkeypatch):
-    """As on a GPU, whose only plan for these codes is called hadamard."""
-    run = prepared(loss__plan="stored", loss__codes="hadamard", loss__embedding_dim=32, loss__num_codes=64)
-    memory.check_fits(run)  # on a CPU they are streamed whatever the plan
-    monkeypatch.setattr(memory, "loss_plan", lambda run: ("hadamard", 1, None))
-    with pytest.raises(UsageError, match="logits of Hadamard codes are not stored"):
-        memory.check_fits(run)

@@ -78,16 +78,19 @@ def evaluation_batches(
     some = not len(split.images)
     with hold_signals():
         batches = started(loader)
-    for images, found in batches:
-        for index, reason in found.items():
-            if isinstance(reason, TemporaryError):
-                raise reason
-            if bad is None:
-                raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): repair or remove it")
-            bad[index] = reason
-        if images is not None:
-            some = True
-            yield received(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    try:
+        for images, found in batches:
+            for index, reason in found.items():
+                if isinstance(reason, TemporaryError):
+                    raise reason
+                if bad is None:
+                    raise UsageError(f"{split.images.name(index)} cannot be decoded ({reason}): repair or remove it")
+                bad[index] = reason
+            if images is not None:
+                some = True
+                yield received(images).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    finally:
+        del batches  # a traceback would keep it, and with it the worker processes
     if not some:
         raise UsageError(
             f"none of {len(split.images)} images can be decoded: `falcon-fast data verify` names the reasons"

@@ -156,21 +156,26 @@ def training_batches(
     with hold_signals():
         batches = started(loader)
     told = False
-    for step, item in zip(steps, batches, strict=True):
-        if isinstance(item, TemporaryError):
-            raise item
-        for index, reason in (item if isinstance(item, dict) else item.met).items():
-            quarantine.add(index, reason)
-        assert isinstance(item, _LoadedBatch)  # a dictionary means too many bad images, and the quarantine has raised
-        quarantine.changes.add(item.changed)
-        if isinstance(item.views, np.ndarray) and not told:
-            told = True
-            quarantine.say(
-                f"/dev/shm has too little room for a batch of {item.views.nbytes / 2**20:,.0f} MiB: {advice()}"
+    try:
+        for step, item in zip(steps, batches, strict=True):
+            if isinstance(item, TemporaryError):
+                raise item
+            for index, reason in (item if isinstance(item, dict) else item.met).items():
+                quarantine.add(index, reason)
+            assert isinstance(
+                item, _LoadedBatch
+            )  # a dictionary means too many bad images, and the quarantine has raised
+            quarantine.changes.add(item.changed)
+            if isinstance(item.views, np.ndarray) and not told:
+                told = True
+                quarantine.say(
+                    f"/dev/shm has too little room for a batch of {item.views.nbytes / 2**20:,.0f} MiB: {advice()}"
+                )
+            yield Batch(
+                step=step,
+                views=received(item.views).to(device, non_blocking=True).permute(0, 3, 1, 2),
+                parameters=to_tensors(item.parameters, device),
+                labels=labels_of(split.labels, item.indices, device),
             )
-        yield Batch(
-            step=step,
-            views=received(item.views).to(device, non_blocking=True).permute(0, 3, 1, 2),
-            parameters=to_tensors(item.parameters, device),
-            labels=labels_of(split.labels, item.indices, device),
-        )
+    finally:
+        del batches  # a traceback would keep it, and with it the worker processes

@@ -25,8 +25,10 @@ from falcon_fast.data.sources.decoding import MAX_PIXELS
 from falcon_fast.data.sources.disk import check_disk, shown
 from falcon_fast.data.sources.images import ImageFiles, Source, Split, fingerprint
 from falcon_fast.errors import TemporaryError, UsageError
+from falcon_fast.reading import one_line, open_regular
 
 NAME = "images.jsonl.gz"
+LARGEST = 2**30  # bytes of the text; ImageNet-21k's 14 million files take 840 MB
 LONGEST_LINE = 2**26  # bytes, of the facts of a thousand classes and more; a path has at most 4,096
 
 
@@ -138,16 +140,20 @@ def _relative(images: ImageFiles, root: Path) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[Any]:
     """Yield the lines of a list. Raises UsageError if it is damaged."""
     try:
-        with gzip.open(path, "rb") as file:
+        with open_regular(path, LARGEST) as packed, gzip.GzipFile(fileobj=packed) as file:
+            taken = 0
             while line := file.readline(LONGEST_LINE):
+                if (taken := taken + len(line)) > LARGEST:
+                    raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
                 yield json.loads(line)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: object) -> UsageError:
+    reason = one_line(error) if isinstance(error, BaseException) else error
     return UsageError(
-        f"{shown(path)} is damaged ({error}): delete it to resume with the images that are there now, if they are still the same"
+        f"{shown(path)} is damaged ({reason}): delete it to resume with the images that are there now, if they are still the same"
     )
 
 

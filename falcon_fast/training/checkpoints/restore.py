@@ -44,7 +44,7 @@ def restore(run: Run, directory: Path, allowed: Collection[str] = ()) -> tuple[i
     selected: Selected | None = None
     with processes.together():
         if processes.main:
-            selected = select(directory, lambda facts: _unfit(run, facts))
+            selected = select(directory, lambda facts: unfit(run, facts))
     selected = processes.from_main(selected)  # a shared file system may show the newest one to some processes only
     assert selected is not None
     path, facts = selected.path, selected.facts
@@ -80,7 +80,7 @@ def settings_in(facts: dict[str, Any], path: Path) -> Config | None:
     return validate(config_from(facts["settings"], where=f"checkpoint {path}")) if "settings" in facts else None
 
 
-def _unfit(run: Run, facts: dict[str, Any]) -> str | None:
+def unfit(run: Run, facts: dict[str, Any]) -> str | None:
     """Return why a checkpoint does not belong to the run: the first fact about model, data or dictionary that differs."""
     changed: set[str] = set()
     try:

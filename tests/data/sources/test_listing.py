@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from falcon_fast.data.sources.images import Source
 from falcon_fast.data.sources.listing import NAME, resumed_source, write_listing
 from falcon_fast.errors import TemporaryError, UsageError
 
+from ...fuzz import COUNTS, MIB, fuzz
 from ..images import damage, smooth
 from .opened import folder, names
 
@@ -145,3 +148,38 @@ def test_a_damaged_list_is_named(kind: str, listed, image_folder: Path) -> None:
     with pytest.raises(UsageError, match=rf"{NAME} is damaged \(.+\): delete it") as caught:
         again(path, image_folder)
     assert "\n" not in str(caught.value)
+
+
+def unpacked(path: Path) -> Callable[[], None]:
+    """Return a function that packs the plain text at `path` to the list, as it is after a mutation."""
+    return lambda: (path.with_name(NAME)).write_bytes(gzip.compress(path.read_bytes(), 1))  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("what", ["packed", "text"])
+def test_mutations_are_read_or_refused_in_one_line(
+    listed: tuple[Source, Path], image_folder: Path, count: int, what: str
+) -> None:
+    """The list as it lies there, and its text, changed before it is packed, so that what is behind the packing is reached."""
+    source, path = listed
+    Path(source.train.images.name(3)).unlink()  # otherwise the list is only compared
+    text = path.with_name("text")
+    text.write_bytes(gzip.decompress(path.read_bytes()))
+    now = folder(image_folder)
+
+    def read() -> None:
+        with suppress(TemporaryError):  # no file of the list is there
+            found = resumed_source(lambda: now, path, image_folder)
+            assert all(
+                Path(found.train.images.name(i)).is_relative_to(image_folder) for i in range(len(found.train.images))
+            )
+
+    outcome = fuzz(
+        read,
+        [path if what == "packed" else text],
+        count,
+        name=f"images.jsonl.gz, {what}",
+        memory=96 * MIB,
+        then=(lambda: None) if what == "packed" else unpacked(text),
+    )
+    assert outcome.refused > count // 10

@@ -144,8 +144,8 @@ def test_rows_that_are_mutated_are_rows_or_left_out(
 ) -> None:
     """A manifest only saves time: what is damaged in it is found out again, so nothing is ever refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    entries = {f"a/{i:02d}.jpg": manifest.Entry(1000 + i, 10**18 + i, 60, 40, 1, True, "") for i in range(30)}
-    entries["a/bad, \udcff.jpg"] = manifest.Entry(3, 10**18, 0, 0, 1, True, "not an image")
+    entries = {f"a/{i:02d}.jpg": manifest.Entry(1000 + i, 10**18 + i, 60, 40, 1, "", True, "") for i in range(30)}
+    entries["a/bad, \udcff.jpg"] = manifest.Entry(3, 10**18, 0, 0, 1, "", True, "not an image")
     path = manifest.write_manifest(tmp_path, entries)
     assert manifest.read_manifest(tmp_path) == entries
 

@@ -9,6 +9,8 @@ import pytest
 from falcon_fast.data.sources.layout import labels
 from falcon_fast.data.sources.layout.labels import Listed, listed_labels
 
+from ....fuzz import COUNTS, MIB, fuzz
+
 VAL = [f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3, 50000)]
 
 
@@ -61,3 +63,24 @@ def test_no_list_and_lists_that_do_not_serve(tmp_path: Path, monkeypatch: pytest
     assert reason().startswith("it cannot be read")
     monkeypatch.setattr(labels, "LARGEST", 2)
     assert "has 3 bytes, but at most 2 are read" in reason()
+
+
+LISTS = {
+    "val_annotations.txt": "".join(f"{name}\tn{i:08d}\t0\t32\t44\t62\n" for i, name in enumerate(VAL)),
+    "LOC_val_solution.csv": "ImageId,PredictionString\n"
+    + "".join(f"{name[:-5]},n{i:08d} 1 2 3 4\n" for i, name in enumerate(VAL)),
+    "imagenet_2012_validation_synset_labels.txt": "n00000001\n" * 100,
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", LISTS)
+def test_mutations_give_names_of_classes_or_a_reason(tmp_path: Path, name: str, count: int) -> None:
+    path = tmp_path / name
+    path.write_text(LISTS[name])
+
+    def read() -> None:
+        found = listed_labels(VAL, [str(tmp_path)])
+        assert found is not None and set(found.classes) <= set(VAL) and found.reason.isprintable()
+
+    assert fuzz(read, [path], count, name=name, memory=32 * MIB).accepted == count  # the reason is a line for the user
