@@ -23,13 +23,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from falcon_fast.data.sources.cifar import CIFAR10_CLASSES
 from falcon_fast.hardware.processors import usable_threads
 
 START, PHASE, SETTLING = 4.0, 14.0, 5.0  # seconds
 BUSY = "while True: pass"
 CASES = {
     "digits": ["--recipe", "digits"],
-    "cifar10-resnet8": ["--recipe", "cifar10-resnet8", "--loader", "synthetic"],
+    "cifar10-resnet8": ["--recipe", "cifar10-resnet8"],
     "folder": ["--recipe", "folder", "--set", "model.name=resnet8", "--set", "data.size=64", "--batch-size", "64"],
 }
 
@@ -45,18 +46,32 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return folders of noise, 32 px, that the recipes of CIFAR-10 accept: 640 images to train on, 10 to test on."""
+    root = tmp_path_factory.mktemp("small")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 64), ("test", 1)):
+        for name in CIFAR10_CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
 @pytest.mark.parametrize("neighbours", [1, 2])
 @pytest.mark.parametrize("threads", ["adaptive", "fixed", "one"])
 @pytest.mark.parametrize("case", CASES)
-def test_neighbour(table, tmp_path, photographs, case, threads, neighbours) -> None:
+def test_neighbour(table, tmp_path, photographs, small, case, threads, neighbours) -> None:
     most = usable_threads()
     if most < 2:
         pytest.skip("needs two processors")
     if case != "digits" and neighbours > 1:
         pytest.skip("one case with two neighbours is enough")
     number = {"adaptive": 0, "fixed": most, "one": 1}[threads]
-    data = ["--data", str(photographs), "--loader", "workers"] if case == "folder" else []
-    command = [sys.executable, "-m", "falcon_fast", "train", "--amp", *CASES[case], *data]
+    data = {"cifar10-resnet8": ["--data", str(small)], "folder": ["--data", str(photographs), "--loader", "workers"]}
+    command = [sys.executable, "-m", "falcon_fast", "train", "--amp", *CASES[case], *data.get(case, [])]
     for setting in (
         f"training.threads={number}",
         "log.every_steps=2",

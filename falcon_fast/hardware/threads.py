@@ -2,8 +2,8 @@
 
 Torch's threads wait for each other at the end of every operation. If another program occupies the processor of one of them, all
 of them wait until the system lets that thread run again, which takes milliseconds, some hundred times in a step. On two cores a
-run of the digits recipe kept 0.33 of its speed beside one busy program, but 0.54 with one thread instead of two (0.73 of its
-speed alone); benchmarks/bench_neighbour.py measures it. Shorter waiting (OMP_WAIT_POLICY, GOMP_SPINCOUNT) does not help: the
+run of the digits recipe kept 0.33 of its speed beside one busy program, and 0.14 beside two; now 0.61 and 0.37
+(benchmarks/bench_neighbour.py). Shorter waiting (OMP_WAIT_POLICY, GOMP_SPINCOUNT) does not help: the
 time is lost by waiting for the processor.
 
 So the number follows what the other programs leave free: the processor time that everything else on these processors used

@@ -127,8 +127,8 @@ def test_values_are_drawn_for_every_setting() -> None:
 
 
 def test_a_few_dozen_pairs_run_or_are_refused(tmp_path: Path) -> None:
-    lines = [checked(pair, tmp_path / "run") for pair in pairs(40, 1)]
-    assert lines.count("") >= 5 and len(lines) - lines.count("") >= 10  # both happen
+    lines = [checked(pair, tmp_path / "run") for pair in pairs(60, 1)]
+    assert lines.count("") >= 3 and len(lines) - lines.count("") >= 10  # both happen
 
 
 @pytest.mark.slow

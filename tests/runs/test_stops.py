@@ -139,7 +139,7 @@ def test_a_killed_worker_is_one_line_and_exit_code_75(host, images, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     arguments = ("--loader", "workers", "--set", "data.workers=1", "--set", "training.epochs=5000")
     (process,) = launch(host, 1, images, run, log, *arguments)
-    wait_for(run / "metrics.csv", "\n3,", [process])
+    wait_for(run / "checkpoints" / "step-00000002" / "run.json", "step", [process])
     (worker,) = children(process)
     os.kill(worker, signal.SIGKILL)
     assert ended(host, [process], log) == [75]
