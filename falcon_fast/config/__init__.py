@@ -5,7 +5,7 @@ setting can be overridden by its name `section.key`. The resolved tree is writte
 can be read again.
 """
 
-from falcon_fast.config.assignments import nearest, override, parse_assignment
+from falcon_fast.config.assignments import nearest, override, parse_assignment, shown
 from falcon_fast.config.differences import (
     Change,
     as_tables,
@@ -87,5 +87,6 @@ __all__ = [
     "recipe_description",
     "recipe_names",
     "refusal",
+    "shown",
     "validate",
 ]

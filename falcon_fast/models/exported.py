@@ -219,8 +219,9 @@ def _check_shapes(
     for name in sorted(held.keys() | asked.keys()):
         if held.get(name) != asked.get(name):
             mine, theirs = (f"of shape {x[name]}" if name in x else "missing" for x in (held, asked))
+            name = name[:100] if name.isprintable() else repr(name[:100])
             raise UsageError(
-                f"{path} holds a {facts.model.name} for {facts.image_size} px, which does not fit: {name[:100]} is {mine} in the "
+                f"{path} holds a {facts.model.name} for {facts.image_size} px, which does not fit: {name} is {mine} in the "
                 f"file and {theirs} in the network"
             )
 

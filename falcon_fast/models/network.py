@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from falcon_fast.config import Config, ModelConfig, nearest
+from falcon_fast.config import Config, ModelConfig, nearest, shown
 from falcon_fast.errors import UsageError
 from falcon_fast.models.initialisation import initialise_as_torchvision
 from falcon_fast.objective import FalconLoss, FalconProjector, HadamardCodes, RademacherCodes
@@ -128,7 +128,9 @@ def assemble_backbone(config: ModelConfig, image_size: int) -> nn.Module:
 
     # A tag after a dot names pretrained weights, which are not loaded.
     if not timm.is_model(config.name) or "." in config.name:
-        raise UsageError(f"unknown backbone {config.name!r}: {nearest(config.name, ['resnet8', *timm.list_models()])}")
+        raise UsageError(
+            f"unknown backbone {shown(config.name)}: {nearest(config.name, ['resnet8', *timm.list_models()])}"
+        )
     random_state = torch.get_rng_state()
     try:
         backbone = timm.create_model(config.name, num_classes=0, img_size=image_size)

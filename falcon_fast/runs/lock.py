@@ -12,6 +12,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from falcon_fast.errors import UsageError
@@ -79,6 +80,7 @@ class RunLock:
 
     def _attempt(self) -> int | None:
         # A link would be emptied at its other end: a directory from a stranger may hold one to any file.
+        ours = False
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -86,11 +88,15 @@ class RunLock:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._in_place(file):
                 raise BlockingIOError  # the run that held the lock has just removed the file
+            ours = True
             os.truncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             if error.errno in REFUSALS:
                 return file
+            if ours:  # the disk is full, for example
+                with suppress(OSError):
+                    self._path.unlink()
             os.close(file)
             if isinstance(error, BlockingIOError | PermissionError):
                 return None

@@ -306,6 +306,8 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
                 table[(kind, moment, world, code)] += 1
                 print(f"{stops:3} {kind:15} {moment:11} {world} {len(victims)} {code}", flush=True)
                 allowed = {0} if finished or kind == "SIGSTOP" else set()
+                if (world, moment) == (2, "evaluating"):  # process 0 evaluates, and the other one may be done
+                    allowed |= {0}
                 allowed |= {
                     "SIGKILL": {-9, 1, 0},
                     "worker SIGKILL": {75, 1, 0},

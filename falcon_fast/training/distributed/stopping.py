@@ -99,6 +99,8 @@ def lost_peers(processes: Processes, kept: Callable[[], str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        if isinstance(error, FinalError):  # it has its line already
+            raise
         if processes.group is None or not (isinstance(error, dist.DistError) or "gloo" in text.lower()):
             raise
         if signals.stop_pending():  # before training, and the other process was stopped, too
