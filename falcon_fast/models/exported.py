@@ -24,6 +24,7 @@ from torch import nn
 from falcon_fast.config import INITIALISATIONS, STEMS, ModelConfig
 from falcon_fast.errors import UsageError
 from falcon_fast.models.network import assemble_backbone, build_backbone, resolved_stem
+from falcon_fast.reading import one_line
 
 FORMAT = "falcon_fast backbone 1"
 LONGEST = 1000  # characters of a value in the metadata
@@ -161,8 +162,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UsageError(f"{path} cannot be read as safetensors ({reason}): copy it again") from None
+        raise UsageError(f"{path} cannot be read as safetensors ({one_line(error)}): copy it again") from None
 
 
 def _facts(path: Path, found: Mapping[str, str]) -> BackboneFacts:

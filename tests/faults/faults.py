@@ -436,9 +436,9 @@ RESUMING = (
         "the last of two rows of a step",
         "falcon_fast/training/records/mending.py",
         "once.setdefault(step, row)",
-        "once[step + 1] = row",
-        "tests/training/records/test_mending.py::test_an_edit_is_said_and_mended",
-        "rows under the wrong step's place",
+        "once[step] = row",
+        "tests/training/records/test_mending.py::test_the_first_of_two_rows_of_a_step_is_kept",
+        "the later of two rows of one step",
     ),
     Fault(
         "names that two runs share",

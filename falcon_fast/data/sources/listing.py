@@ -25,6 +25,7 @@ from falcon_fast.data.sources.decoding import MAX_PIXELS
 from falcon_fast.data.sources.disk import check_disk, shown
 from falcon_fast.data.sources.images import ImageFiles, Source, Split, fingerprint
 from falcon_fast.errors import TemporaryError, UsageError
+from falcon_fast.files import written_whole
 from falcon_fast.reading import one_line, open_regular
 
 NAME = "images.jsonl.gz"
@@ -38,15 +39,18 @@ def write_listing(path: Path, source: Source, root: Path) -> None:
     Nothing is written for images in memory. A million files take 2 s and 6 MiB.
 
     Raises:
-        OSError: it cannot be written.
+        WriteError: it cannot be written.
     """
     if not isinstance(source.train.images, ImageFiles):
         return
     facts = _facts(source, root)
     if path.exists() and next(_lines(path), None) == facts:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
+    with (
+        written_whole(path) as partial,
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+    ):
         packed.write(json.dumps(facts).encode() + b"\n")
         for name, split in (("train", source.train), ("test", source.test)):
             assert isinstance(split.images, ImageFiles)
@@ -54,7 +58,6 @@ def write_listing(path: Path, source: Source, root: Path) -> None:
             labels = [None] * len(sizes) if split.labels is None else split.labels.tolist()
             for file, size, label in zip(_relative(split.images, root), sizes, labels, strict=True):
                 packed.write(json.dumps([name, file, *size, label]).encode() + b"\n")
-    partial.replace(path)
 
 
 def resumed_source(open_now: Callable[[], Source], path: Path, root: Path) -> Source:

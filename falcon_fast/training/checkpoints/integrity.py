@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_fast.errors import UsageError
+from falcon_fast.reading import one_line
 
 BLOCK = 2**20  # bytes that are read at a time
 SEAL = "checksum"  # the key of run.json's own checksum
@@ -71,4 +72,4 @@ def check_files(path: Path, facts: Mapping[str, Any], index: Mapping[str, Any], 
             if checksum(file) != said["crc32"]:
                 raise ValueError(f"{name} is not the file that was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"checkpoint {path} is damaged: {error}") from None
+        raise UsageError(f"checkpoint {path} is damaged: {one_line(error)}") from None

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 # SIGUSR1: batch systems can be told to send it some time before they end a job.
 REQUESTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -134,10 +135,19 @@ def immediate_stops() -> Iterator[None]:
     threading.Thread(target=command.watch, args=(reader,), name="falcon-fast-signals", daemon=True).start()
     for number in before:
         signal.signal(number, command.end)
+    report = sys.unraisablehook
+
+    def report_others(failed: Any) -> None:
+        """Say nothing of a `Stop` that Python dropped in a destructor: the signal is sent again."""
+        if failed.exc_type is None or not issubclass(failed.exc_type, Stop):
+            report(failed)
+
+    sys.unraisablehook = report_others
     try:
         yield
     finally:
         if not command.over:
+            sys.unraisablehook = report
             for number, previous in before.items():
                 signal.signal(number, previous)
             command.installed = False

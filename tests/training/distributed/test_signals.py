@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -102,3 +103,18 @@ def test_another_thread_handles_no_signals():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_a_stop_that_python_drops_in_a_destructor_is_no_traceback(capfd):
+    class Closing:
+        def __init__(self, error):
+            self.error = error
+
+        def __del__(self):
+            raise self.error
+
+    with signals.immediate_stops():
+        Closing(signals.Stop())
+        assert capfd.readouterr().err == ""
+        before = sys.unraisablehook
+    assert sys.unraisablehook is not before

@@ -133,6 +133,11 @@ def test_a_file_of_which_nothing_was_recorded_keeps_its_whole_rows(written: tupl
     assert len(kept.rows) == 3 and "1 rows that are" in str(kept.problem)
 
 
+def test_the_first_of_two_rows_of_a_step_is_kept() -> None:
+    kept = kept_rows(b"step,loss\n10,1\n10,2\n20,3\n", 20, None, COLUMNS)
+    assert [(row["step"], row["loss"]) for row in kept.rows] == [("10", "1"), ("20", "3")]
+
+
 def test_an_older_file_with_fewer_columns_goes_on(tmp_path: Path) -> None:
     """As written before there was a column `changes`."""
     path = tmp_path / "metrics.csv"
