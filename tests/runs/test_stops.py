@@ -251,7 +251,7 @@ def reach_a_moment(draw: random.Random, run: Path, log: Path, before: int) -> No
             return
         if where == "saving" and rows() > 1 and list(run.glob("checkpoints/.step-*.partial")):
             return
-        if where == "evaluating" and "evaluating" in log.read_text()[before:]:
+        if where == "evaluating" and log.exists() and "evaluating" in log.read_text()[before:]:
             time.sleep(pause / 2)
             return
         time.sleep(0.002)

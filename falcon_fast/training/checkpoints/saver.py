@@ -70,7 +70,8 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         with processes.together():
             if processes.main:
-                directory.mkdir(parents=True, exist_ok=True)
+                with writing(directory):
+                    directory.mkdir(parents=True, exist_ok=True)
                 for left in directory.glob(f".{PREFIX}*.partial"):  # left by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
         if processes.group is None:
