@@ -78,7 +78,7 @@ class Figures(NamedTuple):
     rows: list[tuple[str, ...]]  # metrics.csv without the timings
     result: dict[str, Any]  # result.json without the timings
     backbone: dict[str, bytes]
-    checkpoints: dict[str, dict[str, bytes]]
+    checkpoints: dict[str, dict[str, bytes]]  # the newest
 
 
 def figures(run: Path) -> Figures:
@@ -92,7 +92,7 @@ def figures(run: Path) -> Figures:
             for shard in sorted(path.glob("*.safetensors"))
             for name, array in load_file(shard).items()
         }
-        for path in sorted((run / "checkpoints").iterdir())
+        for path in sorted((run / "checkpoints").iterdir())[-1:]  # the one before it may be that of a stop, at another step
     }
     backbone = {name: array.tobytes() for name, array in load_file(run / "backbone.safetensors").items()}
     return Figures(
