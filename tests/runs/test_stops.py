@@ -85,6 +85,7 @@ def figures(run: Path) -> Figures:
     with (run / "metrics.csv").open() as file:
         rows = [tuple(row[c] for c in COLUMNS[: -len(TIMINGS)]) for row in csv.DictReader(file)]
     result = json.loads((run / "result.json").read_text())
+    # The newest alone: the one before it may be that of a stop, at another step.
     # By the names of the tensors: which process writes which of those that all hold is not part of the result.
     shards = {
         path.name: {
@@ -92,7 +93,7 @@ def figures(run: Path) -> Figures:
             for shard in sorted(path.glob("*.safetensors"))
             for name, array in load_file(shard).items()
         }
-        for path in sorted((run / "checkpoints").iterdir())[-1:]  # the one before it may be that of a stop, at another step
+        for path in sorted((run / "checkpoints").iterdir())[-1:]
     }
     backbone = {name: array.tobytes() for name, array in load_file(run / "backbone.safetensors").items()}
     return Figures(
