@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -43,11 +42,12 @@ def replay(run: Path, step: int, data: str | None, device: str | None, max_steps
     from rich.console import Console
 
     from falcon_fast.runs import replay as replays
+    from falcon_fast.runs.directory import json_text
 
     console = Console(highlight=False, markup=False, stderr=as_json)
     found = replays.replay(run, step, device, data, max_steps, lambda line: console.print(line, soft_wrap=True))
     if as_json:
-        click.echo(json.dumps(_plain(found), indent=1, allow_nan=False))
+        click.echo(json_text(found))
         return
     wide = Console(highlight=False, markup=False, width=max(WIDTH, console.width))
     wide.print(_layers(found))
@@ -119,19 +119,3 @@ def _images(found: Replay) -> Table:
         norm = "" if image.gradient_norm is None else f"{image.gradient_norm:.3g}"
         table.add_row(str(image.position), str(image.image), image.file, ", ".join(map(str, image.views)), norm)
     return table
-
-
-def _plain(value: Any) -> Any:
-    """Return dataclasses and named tuples as dictionaries, and numbers that are not finite as None."""
-    import dataclasses
-    import math
-
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "_asdict"):
-        return {name: _plain(each) for name, each in value._asdict().items()}
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -115,6 +115,7 @@ def train(
             signals.stop_line(kept)
             for line in (*notes, *begun.lines()):
                 say(line)
+            training = begun.run.config.training  # of a resumed run as its checkpoint and config.toml have it
             opened.enter_context(following_load(begun.run.device, training.threads, training.compile, say))
             seconds = trainer.train(begun.run, directory, console, begun.step, begun.seconds)
             network = results.final_network(begun.run)

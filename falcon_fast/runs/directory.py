@@ -16,6 +16,7 @@ backbone.safetensors   the trained backbone alone, without the projector
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falcon_fast.config import Config, dump_config
-from falcon_fast.errors import UsageError
+from falcon_fast.errors import UsageError, WriteError
 from falcon_fast.files import written_whole
 from falcon_fast.runs.lock import NAME as LOCK
 from falcon_fast.runs.lock import RunLock
@@ -58,6 +59,8 @@ def create_run_directory(
             lock.take()
         remove_partials(path)
         write_config(path, config)
+    except WriteError as error:
+        raise UsageError(f"{error}; or choose another --run-dir") from None
     except OSError as error:
         raise UsageError(
             f"run directory {path} cannot be written: {error.strerror}; choose another --run-dir"
@@ -91,13 +94,9 @@ def _make_fresh(path: Path) -> Path:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write config.toml to a run directory, completely or not at all."""
-    partial = path / ".config.toml.partial"
-    try:
+    """Write config.toml to a run directory, completely or not at all. Raises WriteError."""
+    with written_whole(path / "config.toml") as partial:
         partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(path / "config.toml")
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def keep_result(path: Path, epochs: int) -> str | None:
@@ -144,18 +143,27 @@ def state_of(path: Path) -> State:
     return "begun" if candidates(path) else "new"
 
 
+def json_text(value: Any) -> str:
+    """Return JSON. Dataclasses and named tuples become objects; NaN and infinity become null, which every JSON reader accepts."""
+
+    def plain(x: Any) -> Any:
+        if dataclasses.is_dataclass(x):
+            return {field.name: plain(getattr(x, field.name)) for field in dataclasses.fields(x)}
+        if isinstance(x, dict) or hasattr(x, "_asdict"):
+            return {name: plain(each) for name, each in (x if isinstance(x, dict) else x._asdict()).items()}
+        if isinstance(x, list | tuple):
+            return [plain(each) for each in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(plain(value), indent=1, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON completely or not at all. NaN and infinity become null, which every JSON reader accepts.
+    """Write `json_text` completely or not at all.
 
     Raises:
         WriteError: the file cannot be written.
     """
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    text = json.dumps(plain(value), indent=1) + "\n"
+    text = json_text(value) + "\n"
     with written_whole(path, len(text)) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_fast.config import Config, load_config, override, validate
+from falcon_fast.config import Config, OnResume, differences, load_config, override, validate
 from falcon_fast.data.loaders.quarantine import LARGEST_LIST, Quarantine
 from falcon_fast.data.sources.listing import NAME as LISTING
 from falcon_fast.errors import UsageError
@@ -25,7 +25,7 @@ from falcon_fast.reading import csv_records, one_line
 from falcon_fast.runs.layer_statistics import Layer, Row, Watch, first_bad
 from falcon_fast.training.bad_steps import batch_images, image_named
 from falcon_fast.training.checkpoints import checkpoint
-from falcon_fast.training.checkpoints.restore import unfit
+from falcon_fast.training.checkpoints.restore import settings_in, unfit
 from falcon_fast.training.checkpoints.storage import Reader
 from falcon_fast.training.inputs import feed_of, photometric_of
 from falcon_fast.training.memory import out_of_memory
@@ -124,7 +124,7 @@ def replay(
     else:
         first = start
     if start:
-        _restore(run, found[start])
+        notes += _restore(run, found[start], saved)
     elif any(getattr(module, "p", 0) or getattr(module, "drop_prob", 0) for module in run.network.modules()):
         notes.append("the network has dropout, whose random state at the beginning of the run was not saved")
     quarantine = Quarantine(run.source.train.images, run.config.data.max_bad_fraction, known=_known_bad(run, directory))
@@ -214,10 +214,18 @@ def _differences(saved: Config, run: Run, checkpoints: list[Path]) -> list[str]:
     return notes
 
 
-def _restore(run: Run, path: Path) -> None:
-    if reason := unfit(run, checkpoint.verify(path)):
+def _restore(run: Run, path: Path, saved: Config) -> list[str]:
+    """Restore the run from a checkpoint, and return a line if config.toml, `saved`, has other settings for what is learned."""
+    facts = checkpoint.verify(path)
+    if reason := unfit(run, facts):
         raise UsageError(f"cannot replay from {path}: {reason}")
     checkpoint.load(path, run.network, run.probe, run.learner.optimizer, run.learner.extra_state())
+    before = settings_in(facts, path)
+    changes = [] if before is None else differences(before, saved)
+    asked = ", ".join(str(change) for change in changes if change.rule is OnResume.ASKED)
+    return (
+        [f"config.toml has other settings than {path.name}, and the step is taken with them: {asked}"] if asked else []
+    )
 
 
 def _known_bad(run: Run, directory: Path) -> dict[int, str]:

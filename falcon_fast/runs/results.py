@@ -189,7 +189,7 @@ def finish(
         result["changes"] = run.changes
     try:
         plot_curves(directory / "metrics.csv", directory / "curves.png")
-    except WriteError as error:  # the picture can be drawn again, and the figures matter more
+    except (UsageError, WriteError) as error:  # the picture can be drawn again, and the figures matter more
         say(f"no picture of the curves: {error}")
     weights = {k: v.contiguous() for k, v in network.backbone.state_dict().items()}
     source = run.source

@@ -190,6 +190,14 @@ def test_another_data_set_is_refused(whole, tmp_path):
         replays.replay(tmp_path / "nothing", 1)
 
 
+def test_settings_that_were_changed_since_are_named(whole, tmp_path):
+    directory = shutil.copytree(whole, tmp_path / "run")
+    config = directory / "config.toml"
+    config.write_text(config.read_text().replace("beta = 1.0", "beta = 0.5"))
+    found = replays.replay(directory, 22)
+    assert any("loss.beta: 1.0 -> 0.5" in note for note in found.notes)
+
+
 def test_images_set_aside_are_replaced_as_in_the_run(whole, tmp_path):
     directory = shutil.copytree(whole, tmp_path / "run")
     plain = replays.replay(whole, 22)

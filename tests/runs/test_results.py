@@ -21,10 +21,12 @@ import falcon_fast
 from falcon_fast import runs
 from falcon_fast.errors import UsageError
 from falcon_fast.models import network
+from falcon_fast.runs import results
 from falcon_fast.training.checkpoints.integrity import SEAL, sealed
 from falcon_fast.training.checkpoints.storage import INDEX
 
 from ..fuzz import COUNTS, MIB, fuzz
+from ..training.tiny import start
 
 
 def test_the_backbone_is_the_trained_one(finished):
@@ -143,3 +145,12 @@ def test_a_run_whose_files_are_mutated_is_loaded_or_refused_in_one_line(copied, 
 
     outcome = fuzz(read, files, count, name="a run (load_trained)", memory=256 * MIB, then=sealed_again)
     assert outcome.refused > count // 4 and outcome.accepted > count // 50
+
+
+def test_a_damaged_metrics_csv_costs_the_picture_and_nothing_else(tmp_path):
+    run, said = start(tmp_path / "run"), []
+    (tmp_path / "run" / "metrics.csv").write_bytes(b"\xff")
+    results.finish(run, run.network, tmp_path / "run", 1.0, said.append)
+    assert any("no picture of the curves" in line and "metrics.csv is damaged" in line for line in said)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"result.json", "backbone.safetensors"} <= names and "curves.png" not in names
