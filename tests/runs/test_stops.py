@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.numpy import load_file
 
+from falcon_fast.runs.lock import NAME as LOCK
 from falcon_fast.training.checkpoints import checkpoint
 from falcon_fast.training.records.metrics_file import COLUMNS, TIMINGS
 
@@ -317,12 +318,15 @@ def test_a_hundred_stops_lose_nothing(host, images, tmp_path):
                 assert set(codes) <= allowed, (kind, moment, world, codes, text)
                 if kind not in ("SIGKILL", "SIGSTOP", "worker SIGKILL") and not finished:
                     assert 130 in codes, (kind, moment, world, codes, text)
+            at_once = finished and kind in ("SIGKILL", "SIGINT twice")
             if finished:
                 break
         while not (run / "result.json").exists():
             assert ended(host, launch(host, world, images, run, log, *workers), log) == [0] * world, log.read_text()
         assert figures(run) == expected[world], (number, world)
-        assert not list(run.rglob(".*")), list(run.rglob(".*"))
+        # What ends a process at once, after its run is finished, leaves the file of the lock, which nobody holds.
+        left = [path for path in run.rglob(".*") if not (at_once and path.name == LOCK)]
+        assert not left, (kind, moment, left)
         number += 1
     print(f"\n{stops} stops in {number} runs (an undisturbed one: {duration[1]:.1f} s and {duration[2]:.1f} s)")
     for (kind, moment, world, code), count in sorted(table.items()):

@@ -39,9 +39,8 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     worker: the number of the worker, which DataLoader passes; not used.
     """
     os.setpgid(0, 0)
-    signal.set_wakeup_fd(
-        -1
-    )  # a forked worker inherits the trainer's own handlers, and the pipe that tells it of signals
+    # A forked worker inherits the trainer's own handlers, and the pipe that tells it of signals.
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -162,9 +162,8 @@ def training_batches(
                 raise item
             for index, reason in (item if isinstance(item, dict) else item.met).items():
                 quarantine.add(index, reason)
-            assert isinstance(
-                item, _LoadedBatch
-            )  # a dictionary means too many bad images, and the quarantine has raised
+            # A dictionary means too many bad images, and the quarantine has raised.
+            assert isinstance(item, _LoadedBatch)
             quarantine.changes.add(item.changed)
             if isinstance(item.views, np.ndarray) and not told:
                 told = True
