@@ -353,7 +353,7 @@ CORE = (
         "falcon_fast/training/skipping.py",
         "    if group is not None:\n        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)\n",
         "",
-        "tests/training/test_step.py::test_all_processes_skip_a_step_that_is_bad_in_one_and_it_leaves_no_trace",
+        "tests/training/test_step.py::test_what_one_process_alone_knows_of_a_step_decides_for_all",
         "processes whose weights differ",
     ),
     Fault(

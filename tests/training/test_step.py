@@ -16,6 +16,7 @@ from falcon_fast import FalconLoss, FalconProjector, RademacherCodes
 from falcon_fast.config import OptimizerConfig
 from falcon_fast.models.batchnorm import per_view_batchnorm
 from falcon_fast.models.network import FalconNetwork, ResNet8
+from falcon_fast.training import step as step_module
 from falcon_fast.training.distributed.processes import Processes
 from falcon_fast.training.optimizer import build_optimizer
 from falcon_fast.training.step import Learner, forward_and_loss, gradient, training_step
@@ -231,6 +232,19 @@ def bad_in_one(strategy: str, processes: Processes, name: str) -> tuple[list[boo
     return bad, apart, mine.learner.bad_steps.tolist()
 
 
+def known_to_one(strategy, processes):
+    """Whether a step is bad whose gradient is not finite in the last process alone (as a shard of FSDP can be), and whether the
+    weights are those of before. (An infinite pixel is no such case: averaged gradients carry it to all processes.)"""
+    run = exact(strategy, processes)
+    before = plain([tensor.clone() for tensor in run.network.state_dict().values()])
+    with pytest.MonkeyPatch.context() as patch:
+        found = torch.tensor(float(processes.rank == processes.world_size - 1))
+        patch.setattr(step_module, "non_finite_gradient", lambda parameters: found)
+        bad = training_step(run.learner, *batch(processes, 0), 1.0).bad.item()
+    after = plain(run.network.state_dict().values())
+    return bad, all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
 def _two_processes(rank, world):
     processes = Processes(rank, world, rank, dist.group.WORLD, dist.new_group(backend="gloo"), 60)
     found = {}
@@ -238,6 +252,7 @@ def _two_processes(rank, world):
         found[f"accumulated-{strategy}"] = accumulated(strategy, processes)
         found[f"at-once-{strategy}"] = accumulated(strategy, processes, 1)
         found[f"overflow-{strategy}"] = overflowing(strategy, processes)
+        found[f"known-to-one-{strategy}"] = known_to_one(strategy, processes)
         for name in ("sgd", "lars", "adamw"):
             found[f"{name}-{strategy}"] = several_steps(strategy, processes, name)
             found[f"bad-{name}-{strategy}"] = bad_in_one(strategy, processes, name)
@@ -331,3 +346,8 @@ def test_all_processes_skip_a_step_that_overflowed_in_one(two, strategy):
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_all_processes_skip_a_step_that_is_bad_in_one_and_it_leaves_no_trace(two, strategy, name):
     assert [found[f"bad-{name}-{strategy}"] for found in two] == [([False, True, False], 0.0, [1, 0])] * 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_one_process_alone_knows_of_a_step_decides_for_all(two, strategy):
+    assert [found[f"known-to-one-{strategy}"] for found in two] == [(True, True)] * 2
